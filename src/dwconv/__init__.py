@@ -1,0 +1,34 @@
+"""dwconv: depthwise convolution in PyTorch as fast as the memory of the GPU allows.
+
+    >>> import torch, dwconv
+    >>> dwconv.conv2d(torch.randn(1, 8, 32, 32), torch.randn(8, 1, 3, 3), padding="same").shape
+    torch.Size([1, 8, 32, 32])
+
+Importing this package touches neither CUDA nor the disk, and torch only when a name that needs it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import DepthwiseError
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .conversion import convert
+    from .emulator import emulated
+    from .functional import conv2d
+    from .modules import Conv2d
+
+_LAZY = {"conv2d": "functional", "Conv2d": "modules", "convert": "conversion", "emulated": "emulator"}
+
+__all__ = ["Conv2d", "DepthwiseError", "__version__", "conv2d", "convert", "emulated"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dwconv' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Measures: timing, suites of real shapes, baselines, results and their report."""

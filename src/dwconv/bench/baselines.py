@@ -1,0 +1,192 @@
+"""The contenders of a benchmark: PyTorch eager and compiled, dwconv, and each of its variants by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..choose import candidates
+from ..compile import compile_plan
+from ..device import DeviceSpec
+from ..errors import DepthwiseError
+from ..launch import launcher
+from ..plan import Plan, Rejection
+from ..problem import DepthwiseProblem
+from ..variants import REGISTRY
+from .results import EAGER, OURS, Missing
+
+COMPILE = "compile"
+CONTENDERS = (EAGER, COMPILE, OURS, *REGISTRY)
+
+_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {
+    1: functional.conv1d,
+    2: functional.conv2d,
+    3: functional.conv3d,
+}
+_MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Inputs of a problem. `grad` is the gradient of y, for the backward directions."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    grad: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something to time.
+
+    Attributes:
+        run: launches the work on the current stream and returns the result.
+        note: the plan in words, for dwconv's own.
+        y: where the result goes, if it was allocated beforehand; a check poisons it first.
+    """
+
+    name: str
+    run: Callable[[], torch.Tensor]
+    note: str = ""
+    y: torch.Tensor | None = None
+
+
+def in_layout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """A tensor of the same values in this layout: [N, C, L] has a channel stride of 1 in channels_last."""
+    if layout == "channels_first":
+        return tensor.contiguous()
+    if tensor.dim() == 3:
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return tensor.contiguous(memory_format=_MEMORY_FORMATS[tensor.dim()])
+
+
+def make_tensors(problem: DepthwiseProblem, device: torch.device | str, seed: int = 0) -> Tensors:
+    """Random inputs, uniform in 0 to 1 as KernelBench's are; the filter uniform in ±1/sqrt(taps), as nn.Conv2d's."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, problem.dtype)
+
+    def uniform(shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
+        drawn = torch.empty(shape, dtype=dtype, device=device).uniform_(low, high, generator=generator)
+        return in_layout(drawn, problem.layout) if len(shape) > 1 else drawn
+
+    scale = problem.taps**-0.5
+    weight = uniform(problem.weight_shape, -scale, scale)
+    bias = uniform((problem.out_channels,), -scale, scale) if problem.bias else None
+    grad = None if problem.direction == "forward" else uniform(problem.y_shape, -1, 1)
+    return Tensors(uniform(problem.x_shape, 0, 1), weight, bias, grad)
+
+
+def pytorch_convolution(problem: DepthwiseProblem) -> Callable[..., torch.Tensor]:
+    """The problem as a PyTorch user writes it, a function of (x, weight, bias).
+
+    Where more zeros stand before than after (causal filters), the convolution pads both sides and its result is
+    cropped; where more stand after, x is padded first.
+    """
+    convolution = _CONVOLUTIONS[problem.dims]
+    before = tuple(pad[0] for pad in problem.padding)
+    arguments: dict[str, Any] = {"stride": problem.stride, "dilation": problem.dilation, "groups": problem.channels}
+    if all(first == last for first, last in problem.padding):
+        return lambda x, weight, bias: convolution(x, weight, bias, padding=before, **arguments)
+    if all(first >= last for first, last in problem.padding):
+        window = (slice(None), slice(None), *(slice(size) for size in problem.out_size))
+        return lambda x, weight, bias: convolution(x, weight, bias, padding=before, **arguments)[window]
+    pads = [pad for both in reversed(problem.padding) for pad in both]
+    return lambda x, weight, bias: convolution(functional.pad(x, pads), weight, bias, **arguments)
+
+
+def _eager(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch.Tensor]:
+    if problem.direction == "forward":
+        convolution = pytorch_convolution(problem)
+        return lambda: convolution(tensors.x, tensors.weight, tensors.bias)
+    if any(first != last for first, last in problem.padding):
+        raise DepthwiseError("PyTorch's backward takes the same padding on both sides; this problem's is uneven")
+    mask = [problem.direction == "grad_input", problem.direction == "grad_weight", False]
+    padding = [pad[0] for pad in problem.padding]
+    zeros = [0] * problem.dims
+    groups = problem.channels
+
+    def backward() -> torch.Tensor:
+        gradients = torch.ops.aten.convolution_backward(
+            tensors.grad, tensors.x, tensors.weight, None, list(problem.stride), padding, list(problem.dilation), False,
+            zeros, groups, mask,
+        )  # fmt: skip
+        found: torch.Tensor = gradients[mask.index(True)]
+        return found
+
+    return backward
+
+
+def _compiled(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch.Tensor]:
+    if problem.direction != "forward":
+        raise DepthwiseError("torch.compile is timed in the forward direction only")
+    torch._dynamo.reset()  # else the limit on recompilations is met after a few cases, and eager would be timed
+    convolution = torch.compile(pytorch_convolution(problem), fullgraph=True, dynamic=False)
+    return lambda: convolution(tensors.x, tensors.weight, tensors.bias)
+
+
+def _ours(problem: DepthwiseProblem, tensors: Tensors, device: DeviceSpec) -> Callable[[], torch.Tensor]:
+    if problem.direction != "forward":
+        raise DepthwiseError(f"dwconv.conv2d computes forward; {problem.direction} has no function of its own")
+    _plan(problem, device)  # where no kernel takes the problem, conv2d would be eager by another name
+    from ..functional import conv2d
+
+    return lambda: conv2d(tensors.x, tensors.weight, tensors.bias, problem.stride, problem.padding, problem.dilation)
+
+
+def _plan(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = None) -> Plan:
+    """The plan with the least predicted time; the reasons, if there is none, don't name the problem's sizes."""
+    found = candidates(problem, device, variant)
+    if found and isinstance(found[0], Plan):
+        return found[0]
+    reasons = dict.fromkeys(
+        c.reason if variant else f"{c.variant} {c.reason}" for c in found if isinstance(c, Rejection)
+    )
+    raise DepthwiseError("; ".join(reasons))
+
+
+def _variant(plan: Plan, tensors: Tensors, y: torch.Tensor) -> Contender:
+    launch_now = launcher(plan, compile_plan(plan), y.device.index)
+    bias = 0 if tensors.bias is None else tensors.bias.data_ptr()
+    addresses = (tensors.x.data_ptr(), tensors.weight.data_ptr(), bias, y.data_ptr())
+
+    def run() -> torch.Tensor:
+        launch_now(*addresses)
+        return y
+
+    return Contender(plan.variant, run, plan.tile, y)
+
+
+def _result_shape(problem: DepthwiseProblem) -> tuple[int, ...]:
+    return {"forward": problem.y_shape, "grad_input": problem.x_shape, "grad_weight": problem.weight_shape}[
+        problem.direction
+    ]
+
+
+def contenders(
+    problem: DepthwiseProblem, tensors: Tensors, names: Iterable[str], device: DeviceSpec
+) -> Iterator[Contender | Missing]:
+    """Each contender, ready to run, or why it can't. dwconv's variants share one result tensor."""
+    y: torch.Tensor | None = None
+    for name in names:
+        try:
+            if name == EAGER:
+                yield Contender(EAGER, _eager(problem, tensors))
+            elif name == COMPILE:
+                yield Contender(COMPILE, _compiled(problem, tensors))
+            elif name == OURS:
+                yield Contender(OURS, _ours(problem, tensors, device))
+            elif name in REGISTRY:
+                plan = _plan(problem, device, name)
+                if y is None:
+                    empty = torch.empty(_result_shape(problem), dtype=tensors.x.dtype, device=tensors.x.device)
+                    y = in_layout(empty, problem.layout)
+                yield _variant(plan, tensors, y)
+            else:
+                raise DepthwiseError(f"contender={name!r} is unknown: use some of {', '.join(CONTENDERS)}")
+        except DepthwiseError as error:
+            yield Missing(name, str(error))

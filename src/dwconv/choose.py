@@ -1,0 +1,44 @@
+"""Which plan a problem gets: a pure function of the problem and the device."""
+
+from __future__ import annotations
+
+from .device import DeviceSpec
+from .errors import DepthwiseError
+from .plan import Plan, Rejection
+from .problem import DepthwiseProblem
+from .variants import REGISTRY
+
+
+def candidates(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = None) -> list[Plan | Rejection]:
+    """Every plan that comes into question, fastest first by its predicted time, then the rejected ones.
+
+    Raises:
+        DepthwiseError: `variant` is not registered.
+    """
+    if variant is not None and variant not in REGISTRY:
+        raise DepthwiseError(f"variant={variant!r} is unknown: use one of {', '.join(REGISTRY)}")
+    found: list[Plan | Rejection] = []
+    for stem, candidate in REGISTRY.items():
+        if variant in (None, stem):
+            reason = candidate.unsupported(problem)
+            found.extend([Rejection(stem, "", reason)] if reason else candidate.candidates(problem, device))
+    return sorted(found, key=lambda c: c.predicted_seconds if isinstance(c, Plan) else float("inf"))
+
+
+def choose(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = None) -> Plan:
+    """The plan with the least predicted time.
+
+    Raises:
+        DepthwiseError: no variant takes the problem; the message says why each one doesn't.
+
+    >>> from dwconv.device import H200
+    >>> choose(DepthwiseProblem(16, 64, (512, 512), (3, 3)), H200).variant
+    'direct_nchw'
+    """
+    found = candidates(problem, device, variant)
+    if found and isinstance(found[0], Plan):
+        return found[0]
+    reasons = dict.fromkeys(f"{c.variant}: {c.reason}" for c in found if isinstance(c, Rejection))
+    raise DepthwiseError(
+        f"no kernel takes this problem ({problem}): {'; '.join(reasons)}. Use torch.nn.functional for it."
+    )

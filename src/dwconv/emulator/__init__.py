@@ -1,0 +1,6 @@
+"""The CUDA kernels on the CPU: g++ compiles the same .cuh files, a fiber runs each CUDA thread (docs/emulator.md)."""
+
+from .context import Emulation, active, emulated
+from .launch import EmulationError, run
+
+__all__ = ["Emulation", "EmulationError", "active", "emulated", "run"]

@@ -1,0 +1,177 @@
+"""Runs the blocks of a plan on the CPU, on the memory of torch's CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import TypeAlias
+
+from torch import Tensor
+
+from .. import env
+from ..plan import Plan
+from . import build
+
+_MESSAGE_BYTES = 2048
+_SLICE_SECONDS = 0.25  # after which Python looks for an interrupt, and progress is told
+_MOST_THREADS, _MOST_GRID_X, _MOST_GRID_YZ = 1024, 2**31 - 1, 65535
+
+Progress = Callable[[int, int], object]
+Argument: TypeAlias = "ctypes.c_void_p | ctypes.Array[ctypes.c_int64] | ctypes.Array[ctypes.c_uint32]"
+
+
+class EmulationError(RuntimeError):
+    """A kernel broke one of CUDA's rules: the message says which rule, and which block and thread."""
+
+
+class _Launch(ctypes.Structure):
+    """Twin of `dwconv_emulator::Launch`."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint64),
+        ("arguments", ctypes.c_void_p),
+        ("order_seed", ctypes.c_uint64),
+        ("shuffled", ctypes.c_int),
+        ("workers", ctypes.c_int),
+        ("seconds", ctypes.c_double),
+        ("next_block", ctypes.c_uint64),
+        ("message", ctypes.c_char_p),
+        ("message_bytes", ctypes.c_uint64),
+    )
+
+
+def run(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    order_seed: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Computes y by the plan's kernel, on the CPU. As on a GPU, an empty output launches nothing.
+
+    Args:
+        plan: any plan; its architecture only decides limits.
+        x, weight, bias, y: CPU tensors of the sizes and strides that the plan was made for.
+        order_seed: runs blocks, and threads between barriers, in an order that this number decides; a correct kernel
+            gives the same bits in any order. None takes them as they come.
+        progress: called now and then with the blocks that are finished and the blocks in all.
+
+    Raises:
+        DepthwiseError: there is no C++ compiler, or it rejects the kernel.
+        EmulationError: the kernel broke one of CUDA's rules.
+        ValueError: a tensor is not what the plan was made for.
+    """
+    _check_tensors(plan, x, weight, bias, y)
+    if y.numel() == 0:
+        return
+    launch_kernel(
+        build.library(plan),
+        plan.grid,
+        plan.block,
+        plan.shared_bytes,
+        kernel_arguments(plan, x, weight, bias, y),
+        most_shared_bytes=plan.device.shared_bytes - 1024,
+        order_seed=order_seed,
+        progress=progress,
+    )
+
+
+def kernel_arguments(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Argument]:
+    """What the entry of every kernel takes: four pointers, Sizes and Tiling."""
+    pointers = [ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None) for tensor in (x, weight, bias, y)]
+    sizes = (ctypes.c_int64 * len(plan.sizes))(*plan.sizes)
+    tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
+    return [*pointers, sizes, tiling]
+
+
+def launch_kernel(
+    library: ctypes.CDLL,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared_bytes: int,
+    arguments: Sequence[Argument],
+    *,
+    most_shared_bytes: int = 227 * 1024,
+    order_seed: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Runs a kernel that `build.load` loaded. `arguments` are passed by value, as bytes.
+
+    Raises:
+        EmulationError: the launch or the kernel broke one of CUDA's rules.
+    """
+    _check_launch(grid, block, shared_bytes, most_shared_bytes)
+    _check_arguments(library, [ctypes.sizeof(argument) for argument in arguments])
+    addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+    blocks = prod(grid)
+    launch = _Launch(
+        grid=grid,
+        block=block,
+        shared_bytes=shared_bytes,
+        arguments=ctypes.addressof(addresses),
+        order_seed=order_seed or 0,
+        shuffled=order_seed is not None,
+        workers=max(1, min(env.read_integer("DWCONV_EMULATOR_THREADS"), blocks)),
+        seconds=_SLICE_SECONDS,
+        message=ctypes.cast(message, ctypes.c_char_p),
+        message_bytes=_MESSAGE_BYTES,
+    )
+    while launch.next_block < blocks:
+        if library.dwconv_emulator_launch(ctypes.byref(launch)) != 0:
+            raise EmulationError(message.value.decode(errors="replace"))
+        if progress is not None:
+            progress(min(launch.next_block, blocks), blocks)
+
+
+def _check_launch(grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, most_shared_bytes: int) -> None:
+    """The limits at which cuLaunchKernel would refuse."""
+    if min(grid) < 1 or min(block) < 1:
+        raise EmulationError(f"grid {grid} and block {block} must be at least 1 in every dimension")
+    if prod(block) > _MOST_THREADS or block[2] > 64:
+        raise EmulationError(f"block {block} has {prod(block)} threads; {_MOST_THREADS} is the most, 64 in z")
+    if grid[0] > _MOST_GRID_X or max(grid[1:]) > _MOST_GRID_YZ:
+        raise EmulationError(f"grid {grid} is too large: {_MOST_GRID_X} is the most in x, {_MOST_GRID_YZ} in y and z")
+    if not 0 <= shared_bytes <= most_shared_bytes:
+        raise EmulationError(f"{shared_bytes} bytes of shared memory: a block may take up to {most_shared_bytes}")
+
+
+def _check_arguments(library: ctypes.CDLL, given: list[int]) -> None:
+    library.dwconv_emulator_argument_bytes.restype = ctypes.POINTER(ctypes.c_uint32)
+    sizes = library.dwconv_emulator_argument_bytes()
+    wanted: list[int] = []
+    while sizes[len(wanted)]:
+        wanted.append(sizes[len(wanted)])
+    if wanted != given:
+        raise EmulationError(
+            f"the kernel takes arguments of {wanted} bytes, the launch passes {given}: the fields of Sizes and Tiling "
+            "must be the plan's"
+        )
+
+
+def _check_tensors(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    problem = plan.problem
+    expected = [("x", x, problem.x_shape), ("weight", weight, problem.weight_shape), ("y", y, problem.y_shape)]
+    if bias is not None:
+        expected.append(("bias", bias, (problem.out_channels,)))
+    if (bias is not None) != problem.bias:
+        raise ValueError(f"the plan was made {'with' if problem.bias else 'without'} a bias")
+    for name, tensor, shape in expected:
+        if tensor.device.type != "cpu" or str(tensor.dtype) != f"torch.{problem.dtype}" or tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; the plan was made for {shape} "
+                f"{problem.dtype} on the CPU"
+            )
+        if name != "x" and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; it has strides {tensor.stride()}")
+        if name in ("x", "y") and tensor.numel() and tensor.data_ptr() % problem.aligned:
+            raise ValueError(f"{name} starts at an address that is not a multiple of {problem.aligned} bytes")
+    strides = zip(x.shape, x.stride(), problem.plane_strides, strict=True)
+    if x.numel() and any(size > 1 and stride != planned for size, stride, planned in strides):
+        raise ValueError(f"x has strides {x.stride()}; the plan was made for {problem.plane_strides}")

@@ -1,0 +1,74 @@
+"""Depthwise convolution as functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import autograd, ops  # noqa: F401  (registers the operators)
+from .errors import DepthwiseError
+from .problem import Padding, expand, padding_pairs
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Depthwise convolution of images: every channel is filtered by itself.
+
+        y[n, c*m + j, p, q] = b[c*m + j]
+            + sum_{u, v} w[c*m + j, 0, u, v] * x[n, c, p*stride - padding + u*dilation, q*stride - padding + v*dilation]
+
+    Equivalent to `torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])`; the
+    groups are implied by the shapes. Runs dwconv's kernels for float32 on CUDA and channels-first memory (columns
+    contiguous, any other strides); PyTorch's own convolution computes other dtypes, channels-last memory and CPU
+    tensors.
+
+    Args:
+        x: [N, C, H, W], or [C, H, W] for one image; N may be 0. Where neighbouring columns aren't neighbours in memory
+            (and x isn't channels_last), x is copied first.
+        weight: [C*m, 1, KH, KW], m the channel multiplier.
+        bias: [C*m], or None.
+        stride, dilation: one integer, or (height, width).
+        padding: zeros around x: an integer, (height, width), 'valid', 'same' (stride 1 only), or a (before, after) pair
+            for each dimension, such as ((1, 1), (2, 0)).
+
+    Returns:
+        y: [N, C*m, OH, OW] with OH = (H + padding - dilation*(KH - 1) - 1) // stride + 1, and OW alike.
+
+    Raises:
+        DepthwiseError: (a ValueError) shapes, dtypes or devices don't belong together, the filter is larger than the
+            padded input, or a stride or dilation is below 1.
+
+    >>> import torch, dwconv
+    >>> x, weight = torch.randn(2, 3, 8, 8), torch.randn(3, 1, 3, 3)
+    >>> dwconv.conv2d(x, weight, padding=1).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    if weight.dim() != 4:
+        raise DepthwiseError(f"weight has shape {tuple(weight.shape)}; a depthwise filter is [C*m, 1, KH, KW]")
+    filter_size = (weight.shape[2], weight.shape[3])
+    stride_h, stride_w = expand("stride", stride if isinstance(stride, int) else tuple(stride), 2)
+    dilation_h, dilation_w = expand("dilation", dilation if isinstance(dilation, int) else tuple(dilation), 2)
+    (top, bottom), (left, right) = padding_pairs(padding, filter_size, (stride_h, stride_w), (dilation_h, dilation_w))
+    batched = x.dim() != 3
+    y: Tensor = torch.ops.dwconv.conv2d(
+        x if batched else x.unsqueeze(0),
+        weight,
+        bias,
+        stride_h,
+        stride_w,
+        top,
+        bottom,
+        left,
+        right,
+        dilation_h,
+        dilation_w,
+    )
+    return y if batched else y.squeeze(0)

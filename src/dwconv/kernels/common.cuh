@@ -1,0 +1,99 @@
+// common.cuh: what every depthwise kernel shares: its arguments, vector access, exact fast division
+//
+// Freestanding: no torch, no CUTLASS, no libcu++. NVRTC compiles it as it stands, nvcc inside an exported file, and
+// g++ under the emulator, which supplies CUDA's built-ins (threadIdx, __shfl_sync, __ldg, float4, ...) by a header.
+#pragma once
+
+namespace dwconv {
+
+// Sizes of one launch. Everything else that a kernel needs to know is a compile-time constant of its Config.
+// x is [N, C, H, W] with any strides but that of a column, which is 1; y [N, C*M, OH, OW] is contiguous.
+struct Sizes {
+    long long planes;        // N * C*M, the output planes
+    long long out_channels;  // C*M
+    long long in_h, in_w;
+    long long out_h, out_w;
+    long long x_image, x_channel, x_row;  // strides of x, in elements
+};
+
+// The type in which products are summed: float32 for everything up to float32, float64 for float64.
+template <class T>
+struct Accumulator {
+    using Type = float;
+};
+template <>
+struct Accumulator<double> {
+    using Type = double;
+};
+
+// Width consecutive elements, moved by one instruction where the address allows it (aligned to their size).
+template <class T, int Width>
+struct alignas(sizeof(T) * Width) Vector {
+    static_assert(Width > 0 && (Width & (Width - 1)) == 0, "Width must be a power of two: it is one memory access");
+    static_assert(sizeof(T) * Width <= 16, "a thread moves at most 16 bytes with one instruction");
+    T element[Width];
+};
+
+// The built-in type of as many bytes, for the read-only load path.
+template <int Bytes>
+struct Word;
+template <>
+struct Word<2> {
+    using Type = unsigned short;
+};
+template <>
+struct Word<4> {
+    using Type = unsigned int;
+};
+template <>
+struct Word<8> {
+    using Type = uint2;
+};
+template <>
+struct Word<16> {
+    using Type = uint4;
+};
+
+// Loads Width elements from memory that no thread writes during the launch.
+template <int Width, class T>
+__device__ __forceinline__ Vector<T, Width> load_vector(const T* address) {
+    using Bits = typename Word<sizeof(T) * Width>::Type;
+    union {
+        Bits bits;
+        Vector<T, Width> vector;
+    } both;
+    both.bits = __ldg(reinterpret_cast<const Bits*>(address));
+    return both.vector;
+}
+
+template <int Width, class T>
+__device__ __forceinline__ void store_vector(T* address, const Vector<T, Width>& values) {
+    *reinterpret_cast<Vector<T, Width>*>(address) = values;
+}
+
+#ifndef DWCONV_EMULATOR  // the emulator has its own: a buffer of exactly the size asked for, poisoned
+// The block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+    extern __shared__ __align__(16) unsigned char dwconv_shared[];
+    return reinterpret_cast<T*>(dwconv_shared);
+}
+#endif
+
+// Division of numbers below 2^31 by a divisor known before the launch: one multiplication and a shift.
+//   quotient(n) = n * multiplier / 2^shift, exact for n < 2^31      (plan.py computes multiplier and shift)
+struct FastDivisor {
+    unsigned divisor, multiplier, shift;
+
+    __device__ __forceinline__ unsigned quotient(unsigned n) const {
+        return static_cast<unsigned>((static_cast<unsigned long long>(n) * multiplier) >> shift);
+    }
+};
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+// floor(a / b) for b > 0, also where a is negative
+__host__ __device__ constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
+}  // namespace dwconv

@@ -1,0 +1,152 @@
+"""The operators that PyTorch sees: torch.ops.dwconv.conv2d, for CUDA, CPU and tracing.
+
+List arguments would dominate the cost of a dispatch, so the operator takes plain integers: stride, padding before and
+after, and dilation, for height and width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import emulator
+from .choose import choose
+from .compile import compile_plan
+from .device import preset
+from .launch import device_spec, launcher
+from .problem import DepthwiseProblem
+from .tensors import Pair, check_tensors, problem_of, takes
+
+LIBRARY = torch.library.Library("dwconv", "DEF")
+LIBRARY.define(
+    "conv2d(Tensor x, Tensor weight, Tensor? bias, int stride_h, int stride_w, int pad_top, int pad_bottom, "
+    "int pad_left, int pad_right, int dilation_h, int dilation_w) -> Tensor"
+)
+
+Launch = Callable[[int, int, int, int], None]
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor itself where neighbouring columns are neighbours in memory, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
+
+
+def torch_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: tuple[Pair, Pair],
+    dilation: Pair,
+) -> Tensor:
+    """PyTorch's own convolution of the same problem; uneven padding is added by F.pad."""
+    (top, bottom), (left, right) = padding
+    even = (min(top, bottom), min(left, right))
+    if top != bottom or left != right:
+        x = F.pad(x, (left - even[1], right - even[1], top - even[0], bottom - even[0]))
+    return F.conv2d(x, weight, bias, stride, even, dilation, groups=x.shape[1])
+
+
+@functools.cache
+def _launcher_of(problem: DepthwiseProblem, index: int) -> Launch:
+    """Problem -> plan -> compiled kernel -> launcher; the whole flow, once for each problem and device."""
+    plan = choose(problem, device_spec(index))
+    return launcher(plan, compile_plan(plan), index)
+
+
+# What a call looks up first: everything that decides its launcher, as plain values. Bounded, for streams of shapes.
+_MAX_PREPARED = 4096
+_prepared: dict[tuple[Any, ...], tuple[Launch, tuple[int, ...]]] = {}
+
+
+def _grouped(numbers: tuple[int, ...]) -> tuple[Pair, tuple[Pair, Pair], Pair]:
+    """Stride, padding and dilation from the operator's eight integers."""
+    stride_h, stride_w, top, bottom, left, right, dilation_h, dilation_w = numbers
+    return (stride_h, stride_w), ((top, bottom), (left, right)), (dilation_h, dilation_w)
+
+
+def _nothing(x: int, weight: int, bias: int, y: int) -> None:
+    """The launcher of an empty output."""
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, ...]
+) -> tuple[Launch, tuple[int, ...]]:
+    problem = problem_of(x, weight, bias, *_grouped(numbers))
+    if len(_prepared) >= _MAX_PREPARED:
+        _prepared.clear()
+    empty = 0 in problem.y_shape
+    return _nothing if empty else _launcher_of(problem, x.device.index), problem.y_shape
+
+
+_checked: set[tuple[Any, ...]] = set()
+
+
+def _left_to_torch(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, ...]) -> Tensor:
+    """PyTorch's convolution, after the same checks (once for the same shapes) that dwconv's own kernels get."""
+    key = (*((t.shape, t.dtype, t.device) if t is not None else None for t in (x, weight, bias)), numbers)
+    if key not in _checked:
+        problem_of(x, weight, bias, *_grouped(numbers))
+        if len(_checked) >= _MAX_PREPARED:
+            _checked.clear()
+        _checked.add(key)
+    return torch_conv2d(x, weight, bias, *_grouped(numbers))
+
+
+def _conv2d_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
+    if not takes(x):
+        return _left_to_torch(x, weight, bias, numbers)
+    x, weight = _readable(x), weight.contiguous()
+    index = x.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return _conv2d_cuda(x, weight, bias, *numbers)
+    address = x.data_ptr()
+    key = (x.shape, x.stride(), weight.shape, weight.dtype, weight.device, bias is None, address & 15, index, numbers)
+    found = _prepared.get(key)
+    if found is None:
+        found = _prepared[key] = _prepare(x, weight, bias, numbers)
+    run, shape = found
+    y = x.new_empty(shape)
+    if bias is None:
+        run(address, weight.data_ptr(), 0, y.data_ptr())
+    else:
+        if bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device:
+            check_tensors(x, weight, bias)
+        run(address, weight.data_ptr(), bias.contiguous().data_ptr(), y.data_ptr())
+    return y
+
+
+def _conv2d_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
+    emulation = emulator.active()
+    if emulation is None or not takes(x):
+        return _left_to_torch(x, weight, bias, numbers)
+    x, weight = _readable(x), weight.contiguous()
+    problem = problem_of(x, weight, bias, *_grouped(numbers))
+    y = x.new_empty(problem.y_shape)
+    if y.numel():
+        plan = choose(problem, preset(emulation.arch), emulation.variant)
+        emulator.run(plan, x, weight, None if bias is None else bias.contiguous(), y, order_seed=emulation.order_seed)
+    return y
+
+
+def _conv2d_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
+    check_tensors(x, weight, bias)
+    (stride, padding, dilation) = _grouped(numbers)
+    if not takes(x) or (x.device.type == "cpu" and emulator.active() is None):
+        return torch_conv2d(x, weight, bias, stride, padding, dilation)
+    sizes = [
+        (x.shape[2 + i] + sum(padding[i]) - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes))
+
+
+LIBRARY.impl("conv2d", _conv2d_cuda, "CUDA")
+LIBRARY.impl("conv2d", _conv2d_cpu, "CPU")
+torch.library.register_fake("dwconv::conv2d", _conv2d_fake, lib=LIBRARY)

@@ -1,0 +1,100 @@
+"""How a problem is computed: a kernel variant with its constants, grid and arguments. Pure Python, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .device import DeviceSpec
+from .problem import DepthwiseProblem
+
+Constants = tuple[tuple[str, int | str], ...]
+
+CUDA_ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "float64": "double"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One way to compute a problem on a device.
+
+    Attributes:
+        variant: the stem of the algorithm: `variants/<stem>.py` and `kernels/<stem>.cuh`.
+        constants: what is compiled in, sorted by name; with the architecture they name the kernel.
+        grid, block: launch shape.
+        shared_bytes: dynamic shared memory of a block.
+        sizes: the fields of `dwconv::Sizes`, 64-bit.
+        tiling: the fields of the variant's Tiling, 32-bit unsigned.
+        tile: the choice in words.
+        predicted_seconds: what the variant's cost model expects.
+    """
+
+    problem: DepthwiseProblem
+    device: DeviceSpec
+    variant: str
+    constants: Constants
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    sizes: tuple[int, ...]
+    tiling: tuple[int, ...]
+    tile: str
+    predicted_seconds: float
+
+    @property
+    def kernel_id(self) -> tuple[str, Constants, str]:
+        """What decides the machine code: plans that share it share one compiled kernel."""
+        return self.variant, self.constants, self.device.arch
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A variant, or one of its tiles, that can't serve the problem, and why."""
+
+    variant: str
+    tile: str
+    reason: str
+
+
+def problem_constants(problem: DepthwiseProblem) -> dict[str, int | str]:
+    """The constants that every two-dimensional forward kernel takes from the problem itself."""
+    (pad_top, _), (pad_left, _) = problem.padding
+    return {
+        "ELEMENT": CUDA_ELEMENTS[problem.dtype],
+        "FILTER_H": problem.filter[0],
+        "FILTER_W": problem.filter[1],
+        "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1],
+        "PAD_TOP": pad_top,
+        "PAD_LEFT": pad_left,
+        "DILATION_H": problem.dilation[0],
+        "DILATION_W": problem.dilation[1],
+        "MULTIPLIER": problem.multiplier,
+        "HAS_BIAS": int(problem.bias),
+    }
+
+
+def problem_sizes(problem: DepthwiseProblem) -> tuple[int, ...]:
+    """The fields of `dwconv::Sizes` (kernels/common.cuh), in their order."""
+    x_image, x_channel, x_row, _ = problem.plane_strides
+    return (
+        problem.batch * problem.out_channels,
+        problem.out_channels,
+        *problem.size,
+        *problem.out_size,
+        x_image,
+        x_channel,
+        x_row,
+    )
+
+
+def fast_divisor(divisor: int) -> tuple[int, int, int]:
+    """The fields of `dwconv::FastDivisor`: divisor, multiplier, shift.
+
+    quotient = n * multiplier >> shift is exact for 0 <= n < 2**31, because multiplier = ceil(2**shift / divisor) with
+    shift = 31 + ceil(log2 divisor) is off by less than 2**-31 * divisor (Granlund and Montgomery, 1994).
+
+    >>> divisor, multiplier, shift = fast_divisor(7)
+    >>> all(n * multiplier >> shift == n // 7 for n in (0, 6, 7, 48, 49, 2**31 - 1))
+    True
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return divisor, -(-(1 << shift) // divisor), shift

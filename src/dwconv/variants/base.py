@@ -1,0 +1,66 @@
+"""What a variant is: one algorithm that turns problems into plans."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+from ..device import DeviceSpec
+from ..plan import Plan, Rejection
+from ..problem import DepthwiseProblem
+from ..roofline import LAUNCH_SECONDS, roofline
+
+GRID_X_LIMIT = 2**31 - 1
+GRID_YZ_LIMIT = 65535
+
+
+class Variant(ABC):
+    """One algorithm. Its kernel is `kernels/<stem>.cuh`, its page `docs/variants/<stem>.md`.
+
+    Attributes:
+        stem: its name.
+        technique: what it does, in one sentence that a user can read.
+    """
+
+    stem: ClassVar[str]
+    technique: ClassVar[str]
+
+    @abstractmethod
+    def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
+        """Every tile that comes into question, as a plan, or as a rejection with its reason."""
+
+    def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
+        """The plans of all legal tiles, also of those that `candidates` leaves out: for tests and for tuning."""
+        return [plan for plan in self.candidates(problem, device) if isinstance(plan, Plan)]
+
+    def unsupported(self, problem: DepthwiseProblem) -> str | None:
+        """Why no tile of a two-dimensional, channels-first forward variant can serve the problem; None if one might."""
+        if problem.direction != "forward":
+            return f"computes forward only, not {problem.direction}"
+        if problem.dims != 2:
+            return f"takes two spatial dimensions, the problem has {problem.dims}"
+        if problem.layout != "channels_first":
+            return f"takes channels_first memory, not {problem.layout}"
+        if problem.dtype != "float32":
+            return f"takes float32, not {problem.dtype}"
+        if problem.plane_strides[-1] != 1:
+            return "neighbouring columns of x must be neighbours in memory"
+        if max(*problem.size, *problem.out_size) + max(problem.padding[0] + problem.padding[1]) >= 2**31:
+            return "a padded row or column must have fewer than 2^31 elements"
+        return None
+
+
+def tap_by_tap_seconds(
+    problem: DepthwiseProblem, device: DeviceSpec, outputs: int, *, instructions_before: int, per_tap: int = 8
+) -> float:
+    """Predicted time of a kernel that reads each tap's input from L1 and has few bytes in flight.
+
+    A multiprocessor issues 4 warp instructions a clock; a tap costs about 8 (bounds, address, load, multiply-add).
+    The DRAM reaches at most half of a copy's rate under such kernels.
+    """
+    clock = device.fp32_tflops * 1e12 / (device.multiprocessors * 256)
+    instructions = (instructions_before + per_tap * problem.taps) * outputs / 32
+    issue = instructions / (4 * device.multiprocessors * clock)
+    limits = roofline(problem, device)
+    return LAUNCH_SECONDS + max(2 * limits.copy, 1.25 * issue)

@@ -1,0 +1,107 @@
+"""Runs kernels with mistakes that AddressSanitizer or UBSan must stop; test_sanitizers.py starts it and reads its JSON.
+
+Each case runs in a fork, as the sanitizers end the process that they stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dwconv import emulator
+from dwconv.choose import choose
+from dwconv.device import H200
+from dwconv.emulator import build, launch
+from dwconv.plan import Plan
+from dwconv.problem import DepthwiseProblem
+from emulated_kernels import run_kernel
+from problems import make_inputs, make_output
+
+PROBLEM = DepthwiseProblem(1, 2, (6, 20), (3, 3))
+TALLER = replace(PROBLEM, size=(7, 20))
+
+
+def launch_plan(plan: Plan, x: Tensor, weight: Tensor, y: Tensor) -> None:
+    """emulator.run without its checks of the tensors."""
+    arguments = launch.kernel_arguments(plan, x, weight, None, y)
+    launch.launch_kernel(build.library(plan), plan.grid, plan.block, plan.shared_bytes, arguments)
+
+
+def larger_input(variant: str) -> None:
+    """The real kernel, told that the image has one more row than its memory."""
+    plan = choose(TALLER, H200, variant)
+    x_strides = choose(PROBLEM, H200, variant).sizes[-3:]
+    x, weight, _ = make_inputs(PROBLEM)
+    launch_plan(replace(plan, sizes=(*plan.sizes[:-3], *x_strides)), x, weight, make_output(TALLER, margin=0).y)
+
+
+def smaller_output(variant: str) -> None:
+    """The real kernel, given room for one row less."""
+    x, weight, _ = make_inputs(TALLER)
+    launch_plan(choose(TALLER, H200, variant), x, weight, make_output(PROBLEM, margin=0).y)
+
+
+def right() -> None:
+    x, weight, bias = make_inputs(PROBLEM)
+    emulator.run(choose(PROBLEM, H200), x, weight, bias, make_output(PROBLEM, margin=0).y)
+
+
+def body(text: str, **options: int):
+    return lambda: run_kernel(text, torch.zeros(33), torch.zeros(33, dtype=torch.int32), **options)
+
+
+CASES = {
+    "right": right,
+    "after an error": lambda: (_failing(), right()),
+    "reads one element beyond": body("a[t] = a[t + 2];"),
+    "reads one element before": body("a[t + 1] = a[t - 1];"),
+    "writes one element beyond": body("a[t + 2] = 1;"),
+    "shared memory one element too small": body(
+        "float* s = dwconv::shared_memory<float>(); s[t] = t; __syncthreads(); a[t] = s[31 - t];", shared_bytes=124
+    ),
+    "array in registers": body("float r[4] = {}; r[(t >> 3) + b[t]] = 1; r[(t >> 2) + b[t]] = 1; a[t] = r[b[t]];"),
+    "misaligned store": body("*reinterpret_cast<float4*>(a + 1) = float4{1, 2, 3, 4};", block=1),
+    "signed overflow": body("b[t] = 2147483647 - t + b[t] + 1;"),
+    "shift by 32": body("b[t] = 1 << (t + 1 + b[t]);"),
+} | {
+    f"{name}, {variant}": lambda case=case, variant=variant: case(variant)
+    for variant in ("direct_nchw", "one_per_thread", "tile16")
+    for name, case in (("larger input", larger_input), ("smaller output", smaller_output))
+}
+
+
+def _failing() -> None:
+    try:
+        run_kernel("volatile float r[8] = {}; r[t & 7] = t; if (t == 20) __trap(); __syncthreads();", torch.zeros(1))
+    except emulator.EmulationError:
+        return
+    raise AssertionError("the kernel's mistake went unnoticed")
+
+
+def run_in_fork(case) -> tuple[int, str]:
+    """The exit status and what the sanitizers wrote."""
+    with tempfile.TemporaryFile() as report:
+        process = os.fork()
+        if process == 0:
+            os.dup2(report.fileno(), 2)
+            status = 1
+            try:
+                case()
+                status = 0
+            except BaseException as error:
+                os.write(2, repr(error).encode())
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(process, 0)
+        report.seek(0)
+        return status, report.read().decode(errors="replace")
+
+
+if __name__ == "__main__":
+    json.dump({name: run_in_fork(case) for name, case in CASES.items()}, sys.stdout)
