@@ -20,6 +20,7 @@ from dwconv.device import H200
 from dwconv.emulator import build, launch
 from dwconv.plan import Plan
 from dwconv.problem import DepthwiseProblem
+from dwconv.variants import REGISTRY
 from emulated_kernels import run_kernel
 from problems import make_inputs, make_output
 
@@ -71,7 +72,7 @@ CASES = {
     "shift by 32": body("b[t] = 1 << (t + 1 + b[t]);"),
 } | {
     f"{name}, {variant}": lambda case=case, variant=variant: case(variant)
-    for variant in ("direct_nchw", "one_per_thread", "tile16")
+    for variant in REGISTRY
     for name, case in (("larger input", larger_input), ("smaller output", smaller_output))
 }
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import LIBRARY
+from .ops import LIBRARY, conv2d_cuda
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -46,3 +46,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("dwconv::conv2d", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+class Conv2dFunction(torch.autograd.Function):
+    """The operator on CUDA tensors in eager mode, with gradients: the same as its registered autograd, at less cost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, ...]) -> Tensor:
+        _setup_context(ctx, (x, weight, bias, *numbers), x)
+        return conv2d_cuda(x, weight, bias, *numbers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(ctx, *grads)[:3], None)

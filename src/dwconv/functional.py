@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import autograd, ops  # noqa: F401  (registers the operators)
+from . import autograd, ops
 from .errors import DepthwiseError
 from .problem import Padding, expand, padding_pairs
 
@@ -53,22 +54,36 @@ def conv2d(
     """
     if weight.dim() != 4:
         raise DepthwiseError(f"weight has shape {tuple(weight.shape)}; a depthwise filter is [C*m, 1, KH, KW]")
-    filter_size = (weight.shape[2], weight.shape[3])
-    stride_h, stride_w = expand("stride", stride if isinstance(stride, int) else tuple(stride), 2)
-    dilation_h, dilation_w = expand("dilation", dilation if isinstance(dilation, int) else tuple(dilation), 2)
-    (top, bottom), (left, right) = padding_pairs(padding, filter_size, (stride_h, stride_w), (dilation_h, dilation_w))
-    batched = x.dim() != 3
-    y: Tensor = torch.ops.dwconv.conv2d(
-        x if batched else x.unsqueeze(0),
-        weight,
-        bias,
-        stride_h,
-        stride_w,
-        top,
-        bottom,
-        left,
-        right,
-        dilation_h,
-        dilation_w,
-    )
-    return y if batched else y.squeeze(0)
+    compiling = torch.compiler.is_compiling()
+    hashable = not (isinstance(stride, list) or isinstance(padding, list) or isinstance(dilation, list))
+    numbers_of = _known_numbers if hashable and not compiling else _numbers
+    numbers = numbers_of(stride, padding, dilation, weight.shape[2], weight.shape[3])
+    if x.dim() == 3:
+        return _conv2d(x.unsqueeze(0), weight, bias, numbers).squeeze(0)
+    return _conv2d(x, weight, bias, numbers)
+
+
+def _numbers(
+    stride: int | Sequence[int], padding: Padding, dilation: int | Sequence[int], filter_h: int, filter_w: int
+) -> tuple[int, ...]:
+    """The operator's integers: stride, padding (top, bottom, left, right) and dilation."""
+    strides = expand("stride", stride if isinstance(stride, int) else tuple(stride), 2)
+    dilations = expand("dilation", dilation if isinstance(dilation, int) else tuple(dilation), 2)
+    (top, bottom), (left, right) = padding_pairs(padding, (filter_h, filter_w), strides, dilations)
+    return (*strides, top, bottom, left, right, *dilations)
+
+
+_known_numbers = functools.lru_cache(maxsize=1024)(_numbers)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, ...]) -> Tensor:
+    y: Tensor
+    if torch.compiler.is_compiling() or not ops.takes_now(x, weight, bias):
+        y = torch.ops.dwconv.conv2d(x, weight, bias, *numbers)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        y = autograd.Conv2dFunction.apply(x, weight, bias, numbers)  # type: ignore[no-untyped-call]
+    else:
+        y = ops.conv2d_cuda(x, weight, bias, *numbers)
+    return y

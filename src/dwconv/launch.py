@@ -17,6 +17,7 @@ from .plan import Constants, Plan
 
 _DEFAULT_SHARED_BYTES = 48 * 1024  # more dynamic shared memory must be asked for, kernel by kernel
 _STREAM_CAPTURE_UNSUPPORTED = 900
+_UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupported version
 
 # (kernel_id, device index) -> CUfunction, and the module that keeps it loaded
 _functions: dict[tuple[tuple[str, Constants, str], int], tuple[Any, Any]] = {}
@@ -38,20 +39,24 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
     status, *values = result
     if int(status) == 0:
         return values[0] if values else None
-    _, name = _driver().cuGetErrorName(status)
-    text = name.decode() if isinstance(name, bytes) else str(name)
-    if int(status) == _STREAM_CAPTURE_UNSUPPORTED:
-        raise DepthwiseError(
-            f"{what} isn't possible while a CUDA graph is being captured ({text}): call the layer once with the same "
-            "shapes before the capture, so that its kernel is loaded"
+    raise _failure(int(status), what)
+
+
+def _failure(status: int, what: str) -> DepthwiseError:
+    """The error of a driver call that returned `status`."""
+    if status == _STREAM_CAPTURE_UNSUPPORTED:
+        return DepthwiseError(
+            f"{what} isn't possible while a CUDA graph is being captured: call the layer once with the same shapes "
+            "before the capture, so that its kernel is loaded"
         )
-    remedy = ""
-    if "NO_BINARY" in text or "INVALID_IMAGE" in text or "UNSUPPORTED_PTX" in text:
-        remedy = (
-            ": the driver is older than the compiler that made the kernel; update the driver, or install a "
-            "nvidia-cuda-nvrtc of the driver's CUDA version"
+    if status in _UNLOADABLE:
+        return DepthwiseError(
+            f"{what} failed (CUDA error {status}): the driver is older than the compiler that made the kernel; update "
+            "the driver, or install a nvidia-cuda-nvrtc of the driver's CUDA version"
         )
-    raise DepthwiseError(f"{what} failed with {text}{remedy}")
+    driver = _driver()
+    _, name = driver.cuGetErrorName(driver.CUresult(status))
+    return DepthwiseError(f"{what} failed with {name.decode() if name else f'CUDA error {status}'}")
 
 
 def driver_version() -> tuple[int, int]:
@@ -114,31 +119,31 @@ def load(plan: Plan, compiled: CompiledKernel, index: int) -> Any:
 Launch = Callable[[int, int, int, int], None]
 
 
+@functools.cache
+def _launch_kernel() -> Any:
+    """cuLaunchKernel by ctypes: with prepared arguments a call takes less than half of cuda.bindings' time."""
+    return ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
+
+
 def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
     """A function of four addresses (x, weight, bias or 0, y) that launches the plan on the current stream.
 
     Everything that doesn't change from call to call is packed here, once.
     """
-    function = load(plan, compiled, index)
+    function = ctypes.c_void_p(int(load(plan, compiled, index)))
     sizes = (ctypes.c_int64 * len(plan.sizes))(*plan.sizes)
     tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
-    launch_kernel = _driver().cuLaunchKernel
-    stream_of = torch._C._cuda_getCurrentRawStream
-    shape = (*plan.grid, *plan.block, plan.shared_bytes)
-    pointers_type = ctypes.c_void_p * 4
-    arguments_type = ctypes.c_void_p * 6
-    pointer_bytes = ctypes.sizeof(ctypes.c_void_p)
-    address = ctypes.addressof
+    shape = tuple(map(ctypes.c_uint, (*plan.grid, *plan.block, plan.shared_bytes)))
+    launch_kernel, stream_of, address = _launch_kernel(), torch._C._cuda_getCurrentRawStream, ctypes.addressof
+    pointers_type, arguments_type, pointer = ctypes.c_void_p * 4, ctypes.c_void_p * 6, ctypes.c_void_p
 
     def launch_now(x: int, weight: int, bias: int, y: int) -> None:
         pointers = pointers_type(x, weight, bias, y)
         at = address(pointers)
-        arguments = arguments_type(
-            at, at + pointer_bytes, at + 2 * pointer_bytes, at + 3 * pointer_bytes, address(sizes), address(tiling)
-        )
-        result = launch_kernel(function, *shape, stream_of(index), address(arguments), 0)
-        if result[0]:
-            _checked(result, f"launching {plan.variant} with grid {plan.grid}")
+        arguments = arguments_type(at, at + 8, at + 16, at + 24, address(sizes), address(tiling))
+        status = launch_kernel(function, *shape, pointer(stream_of(index)), arguments, None)
+        if status:
+            raise _failure(status, f"launching {plan.variant} with grid {plan.grid}")
 
     return launch_now
 

@@ -81,5 +81,4 @@ def takes(x: Tensor) -> bool:
     """Whether dwconv's own kernels take x; PyTorch's convolution computes what they don't take."""
     if x.dtype != torch.float32:
         return False
-    channels_last = x.stride(1) == 1 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
-    return x.is_contiguous() or not channels_last
+    return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
