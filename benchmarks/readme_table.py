@@ -8,10 +8,11 @@ python benchmarks/readme_table.py --report OTHER.json    takes another report
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
-from dwconv.bench.report import condition_lines, duration
+from dwconv.bench.report import duration
 from dwconv.bench.results import EAGER, OURS, CaseResult, Report, Row, from_json, geometric_mean, write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -92,17 +93,21 @@ def conditions(report: Report, beside: list[str], source: str) -> str:
     """How the figures came about."""
     dtypes = " and ".join(dict.fromkeys(case.problem.dtype for case in report.cases))
     layouts = " and ".join(dict.fromkeys(case.problem.layout for case in report.cases)).replace("_", " ")
-    device, _, command = condition_lines(report.conditions)
+    where = report.conditions
+    command = re.sub(r" --(json|markdown) \S+", "", where.command)  # where the report went decides no figure
+    device = (
+        f"{where.device}, driver {where.driver}, torch {where.torch}, dwconv {where.dwconv}, {where.date.split('T')[0]}"
+    )
     shown = [row for case in report.cases for name in (OURS, *beside) if (row := case.row(name)) is not None]
     wrong = [f"{row.contender} on {case.name}" for case, row in report.wrong]
     remark = f" **Not within the rounding bound: {', '.join(wrong)}.**" if wrong else ""
     return (
-        f"{dtypes}, {layouts}, forward. {device}. {report.conditions.l2.capitalize()} L2, "
+        f"{dtypes}, {layouts}, forward. {device}. {where.l2.capitalize()} L2, "
         f"{min(row.timing.samples for row in shown)} or more interleaved rounds, medians; the widest middle half of a "
         f"figure's samples is {max(row.timing.spread for row in shown):.1%} of its median. Every result was compared "
         f"with a float64 reference first.{remark} Attainment: the time of a copy that moves as many bytes, measured in "
         "the same rounds, or the least time of the arithmetic where that is larger, over the measured time. "
-        f"Figures: [{source}]({source}), by `{command.removeprefix('$ ')}`."
+        f"Figures: [{source}]({source}), by `{command}`."
     )
 
 
