@@ -58,7 +58,7 @@ def table(report: Report, source: str) -> str:
     `source` is the report's path from the root of the repository.
     """
     beside = [name for name in BESIDE if name in report.contenders]
-    headings = ["problem", "input N×C×H×W, filter", "times as fast as PyTorch", "attainment, time"]
+    headings = ["KernelBench", "input N×C×H×W, filter", "times as fast as PyTorch", "attainment, time"]
     headings += [BESIDE[name] for name in beside]
     rows = [line(headings), line(["---", "---", *["---:"] * (len(headings) - 2)])]
     for case in report.cases:

@@ -1,10 +1,11 @@
-"""The documents are true: their code runs, their links lead somewhere, their figures are the measured ones."""
+"""The documents are true: code runs, transcripts are real, links lead somewhere, figures are the measured ones."""
 
 from __future__ import annotations
 
 import ast
 import doctest
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -16,9 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import dwconv
 from dwconv.bench.results import from_json
+from dwconv.cli import _parser, main
+from dwconv.sources import BORDER
 from dwconv.variants import REGISTRY
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +30,7 @@ README = ROOT / "README.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 EXAMPLE = "four_rows"  # the variant that CONTRIBUTING.md adds; nothing of it exists
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the documents show a machine without a GPU")
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -75,14 +80,62 @@ def test_other_python_parses_and_its_names_exist(path):
                 assert hasattr(dwconv, node.attr), f"{path}:{line}: dwconv.{node.attr} doesn't exist"
 
 
+def collapsed(text: str) -> str:
+    """Words with one space between them, without the borders of tables."""
+    return " ".join(re.sub(r"[│┃┏┓┗┛┡┩┳╇┴├┤┼└┘━─┬]", " ", text).split())
+
+
+def transcripts(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(command, the lines below it that are not "…") of every console block."""
+    for _, language, text, _ in blocks(path):
+        if language == "console":
+            for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+                command, *lines = part.splitlines()
+                yield command, [line for line in lines if line.strip() not in ("", "…")]
+
+
+@without_gpu
+@every_document
+def test_transcripts_are_what_the_commands_print(path, tmp_path, monkeypatch):
+    """The lines of a console block stand in the command's output, in order; wrapping and borders don't count."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "build").mkdir()
+    for command, lines in transcripts(path):
+        if command == "make demo":
+            recipe = re.search(r"^demo:.*\n(?:\t.*\n)*?\t\$\(BIN\)/(dwconv .*)$", (ROOT / "Makefile").read_text(), re.M)
+            assert recipe
+            command = recipe[1]
+        program, *arguments = command.split()
+        assert program == "dwconv"
+        printed = io.StringIO()
+        assert main(arguments, Console(file=printed, width=118)) == 0
+        rest = collapsed(printed.getvalue())
+        for line in lines:
+            before, found, rest = rest.partition(collapsed(line))
+            assert found, f"`{command}` doesn't print {line!r} there, but: {(before or rest)[:600]}"
+
+
+@without_gpu
+def test_the_excerpt_of_an_exported_file_is_real(tmp_path):
+    page = ROOT / "docs" / "optimize.md"
+    [excerpt] = [text for _, language, text, _ in blocks(page) if language == "text"]
+    out = tmp_path / "82.py"
+    printed = io.StringIO()
+    command = ["optimize", str(ROOT / "examples/kernelbench/82_square_square.py"), "-o", str(out), "--no-bench"]
+    assert main(command, Console(file=printed)) == 0
+    rest = out.read_text(encoding="utf-8")
+    for part in excerpt.split("…\n"):
+        before, found, rest = rest.partition(part)
+        assert found, f"the exported file has no such lines there:\n{part}\n{before[:200]}"
+
+
 COMMAND = re.compile(r"(?:^|\s|\$ |`)dwconv (optimize|explain|bench|env)\b([^\n`#]*)", re.MULTILINE)
 
 
 @every_document
 def test_options_of_commands_exist(path):
     """Every --option that stands behind `dwconv COMMAND` is one of that command's."""
-    from dwconv.cli import _parser
-
     helps = {
         name: command.format_help()
         for action in _parser()._subparsers._group_actions  # type: ignore[union-attr]
@@ -157,15 +210,15 @@ def test_every_document_is_on_the_map():
 
 def test_every_variant_has_its_four_files():
     package = ROOT / "src" / "dwconv"
-    folders = {
-        package / "variants": ".py",
-        package / "kernels": ".cuh",
-        package / "optimize" / "host": ".cuh",
-        ROOT / "docs" / "variants": ".md",
+    signs = {  # what only a variant's own file holds, not those that several share
+        package / "variants": 'stem = "{stem}"',
+        package / "kernels": BORDER,
+        package / "optimize" / "host": "{stem}_launch(",
+        ROOT / "docs" / "variants": "# {stem}",
     }
-    for folder, suffix in folders.items():
-        shared = {"__init__", "base", "common", "launch"}
-        stems = {path.stem for path in folder.glob(f"*{suffix}")} - shared
+    for folder, sign in signs.items():
+        files = [path for path in folder.iterdir() if path.suffix in (".py", ".cuh", ".md")]
+        stems = {path.stem for path in files if sign.format(stem=path.stem) in path.read_text(encoding="utf-8")}
         assert stems == set(REGISTRY), f"{folder} doesn't hold exactly the registered variants"
 
 
@@ -199,6 +252,17 @@ def test_the_readmes_figures_are_the_measured_ones():
     assert written == wanted, "run python benchmarks/readme_table.py"
     assert report.conditions.device
     assert not report.wrong
+
+
+def test_the_attainments_on_the_map_are_the_measured_ones():
+    report = from_json(table_script().REPORT.read_text(encoding="utf-8"))
+    [case] = [case for case in report.cases if case.name.startswith("82_")]
+    in_map = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for stem in REGISTRY:
+        shown = re.search(rf"^\| \[{stem}\].*\| ([\d.]+|–) \|$", in_map, re.MULTILINE)
+        row = case.row("dwconv" if stem == "direct_nchw" else stem)
+        assert shown, f"docs/README.md has no row for {stem}"
+        assert shown[1] == ("–" if row is None else f"{row.attainment:.2f}")
 
 
 def test_the_table_is_replaced_and_nothing_else():
@@ -268,12 +332,13 @@ def test_the_worked_example_works(tmp_path):
 
     run("-c", EDGES_OF_THE_EXAMPLE)
     chosen = (
-        "choose.py",
+        "choose.py::test_every_problem_has_a_plan_inside_the_limits",
         "imports.py::test_imports_run_one_way",
         f"compile.py::test_default_plans_compile_without_spills[sm_90-{EXAMPLE}]",
         "export.py::test_every_variant_has_its_launch",
         f"export.py::test_launches_are_the_plans[{EXAMPLE}]",
         "docs.py::test_every_variant_has_its_four_files",
+        "docs.py::test_every_document_is_on_the_map",
         f"docs.py::test_pages_have_the_same_sections[{EXAMPLE}]",
     )
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/cpu/test_{name}" for name in chosen))
@@ -282,8 +347,8 @@ def test_the_worked_example_works(tmp_path):
 def test_the_worked_example_keeps_the_style(tmp_path):
     """ruff, mypy and clang-format find nothing to change, where they are installed."""
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (tree / "docs" / "variants").mkdir(parents=True)
+    for folder in ("src", "docs"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", ".clang-format"):
         shutil.copy(ROOT / name, tree)
     follow_the_steps(tree)

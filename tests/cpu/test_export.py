@@ -16,12 +16,12 @@ import torch
 from dwconv.choose import candidates
 from dwconv.device import H200
 from dwconv.errors import DepthwiseError
-from dwconv.optimize.cuda_source import host_text
+from dwconv.optimize.cuda_source import host_text, launch_texts
 from dwconv.optimize.model_file import load
 from dwconv.optimize.model_source import twin_source
 from dwconv.plan import Plan
 from dwconv.problem import DepthwiseProblem
-from dwconv.sources import kernel_source
+from dwconv.sources import kernel_source, without_includes
 from dwconv.variants import REGISTRY
 from model_files import EXAMPLE_FILES, ZOO, exported, load_both, write
 
@@ -346,8 +346,8 @@ def test_launches_are_the_plans(stem, tmp_path):
     source = kernel_source(stem)
     config = re.search(r"^struct Config \{.*?^\};", source.border, re.MULTILINE | re.DOTALL)
     assert config
-    parts = [STUBS, *(text.replace("#pragma once", "") for _, text in source.includes), source.template]
-    parts += [host_text("launch.cuh").replace("#include <cuda_runtime.h>", ""), host_text(f"{stem}.cuh")]
+    parts = [STUBS, *(without_includes(text) for _, text in source.includes), source.template]
+    parts += [text.replace("#include <cuda_runtime.h>", "") for text in launch_texts([stem])]
     calls = []
     for number, plan in enumerate(plans):
         values = dict(plan.constants)

@@ -71,6 +71,18 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T, Width>&
     *reinterpret_cast<Vector<T, Width>*>(address) = values;
 }
 
+// Reads four elements of shared memory; their address must be a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ void load_shared_4(const T* address, T* into) {
+    constexpr int kWidth = 16 / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < 4; k += kWidth) {
+        const Vector<T, kWidth> values = *reinterpret_cast<const Vector<T, kWidth>*>(address + k);
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) into[k + e] = values.element[e];
+    }
+}
+
 #ifndef DWCONV_EMULATOR  // the emulator has its own: a buffer of exactly the size asked for, poisoned
 // The block's dynamic shared memory.
 template <class T>

@@ -67,6 +67,15 @@ def host_text(name: str) -> str:
     return (resources.files(__package__) / "host" / name).read_text(encoding="utf-8")
 
 
+def launch_texts(stems: Iterable[str]) -> list[str]:
+    """The host's side of these variants: what all launches share, what their kernels' includes share, and their own."""
+    stems = list(stems)
+    included = (name for stem in stems for name, _ in kernel_source(stem).includes)
+    names = dict.fromkeys(["launch.cuh", *included, *(f"{stem}.cuh" for stem in stems)])
+    folder = resources.files(__package__) / "host"
+    return [host_text(name) for name in names if (folder / name).is_file()]
+
+
 def _filled(text: str, **parts: str) -> str:
     for name, part in parts.items():
         text = text.replace(f"/*{name}*/", part.strip())
@@ -81,7 +90,7 @@ def _cuda(made: Sequence[Specialisation]) -> str:
         for name, text in kernel_source(stem).includes:
             parts.setdefault(name, without_includes(text))
     sections = [*parts.values(), *(kernel_source(stem).template for stem in stems)]
-    sections += [host_text("launch.cuh"), *(host_text(f"{stem}.cuh") for stem in stems)]
+    sections += launch_texts(stems)
     sections.append(
         "// ---- the kernels of this model: the templates above, with everything that is known filled in ----\n\n"
         f"namespace {_EXTENSION} {{\n\n{host_text('call.h').strip()}\n\n{_SIZES_OF}"

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant, tap_by_tap_seconds
+from .strips import Columns, Strips, lanes_of, place_columns, vector_limits
 
 MAX_REGISTERS = 150  # rows, sums, filter and window of a thread; ptxas needs some more, and 255 is the most there are
 MAX_TAPS = 25  # filter taps that fit in registers beside them
@@ -46,49 +47,6 @@ class Tile:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Twin of `DirectColumns` in the kernel: the columns a lane owns, and the halo it needs from others."""
-
-    own: int
-    shift: int
-    left: int
-    right: int
-
-    @property
-    def halo_lanes(self) -> int:
-        """Lanes that load halo columns; each loads as many as a lane owns, or fewer."""
-        return -(-self.left // self.own) - (-self.right // self.own)
-
-    @property
-    def halo_registers(self) -> int:
-        return max(min(self.left, self.own), min(self.right, self.own))
-
-    @property
-    def span(self) -> int:
-        """Columns that the outputs of one slot read."""
-        return self.own + self.left + self.right
-
-
-def place_columns(problem: DepthwiseProblem, tile: Tile) -> Columns:
-    """Chooses the first owned column so that fewest columns come from other lanes, then so that fewest lanes load halo.
-
-    The shift from output column * stride to the first owned column must be a multiple of the load vector.
-    """
-    stride, taps, dilation = problem.stride[1], problem.filter[1], problem.dilation[1]
-    pad_left = problem.padding[1][0]
-    own = tile.vector * stride
-    span = (tile.vector - 1) * stride + (taps - 1) * dilation + 1
-
-    def at(shift: int) -> Columns:
-        first = -pad_left - shift
-        return Columns(own, shift, max(0, -first), max(0, first + span - own))
-
-    start = -(-pad_left // tile.load_vector) * tile.load_vector
-    shifts = range(-start, -pad_left + span + own, tile.load_vector)
-    return min(map(at, shifts), key=lambda c: (c.left + c.right, c.halo_lanes))
-
-
 def window_rows(problem: DepthwiseProblem, rows: int) -> int:
     """Input rows that `rows` neighbouring output rows reach over."""
     return (rows - 1) * problem.stride[0] + (problem.filter[0] - 1) * problem.dilation[0] + 1
@@ -96,41 +54,10 @@ def window_rows(problem: DepthwiseProblem, rows: int) -> int:
 
 def registers(problem: DepthwiseProblem, tile: Tile, whole_rows: bool) -> int:
     """Estimate of a thread's registers: input rows, sums, filter, the window of one row, and addresses."""
-    columns = place_columns(problem, tile)
+    columns = place_columns(problem, tile.vector, tile.load_vector)
     row = tile.slots * columns.own + (0 if whole_rows else columns.halo_registers)
     sums = tile.rows * tile.slots * tile.vector
     return window_rows(problem, tile.rows) * row + sums + problem.taps + columns.span + 4
-
-
-def lanes_of(width: int, lane_outputs: int, least: int, whole_rows: bool) -> int:
-    """Lanes in a group, a power of two from `least` to 32: as many as a row needs, or few idle ones and few halos.
-
-    >>> lanes_of(510, 8, least=1, whole_rows=False), lanes_of(56, 8, least=1, whole_rows=True)
-    (32, 8)
-    """
-
-    def cost(lanes: int) -> float:
-        strip = lanes * lane_outputs
-        strips = -(-width // strip)
-        return strips * (strip + 4) if not whole_rows or strips == 1 else float("inf")
-
-    return min((lanes for lanes in (32, 16, 8, 4, 2, 1) if lanes >= least), key=cost)
-
-
-def vector_limits(problem: DepthwiseProblem) -> tuple[int, int]:
-    """Elements that one load and one store may move: 4, 2 or 1, as addresses of rows allow.
-
-    Stores of strided problems, a half of the traffic or less, are kept to 2, which leaves fewer kernels to compile.
-    """
-
-    def limit(*strides: int) -> int:
-        elements = problem.aligned // problem.element_bytes
-        return next(v for v in (4, 2, 1) if v <= elements and all(stride % v == 0 for stride in strides))
-
-    x_image, x_channel, x_row, _ = problem.plane_strides
-    load = limit(problem.size[1], x_image, x_channel, x_row)
-    strided = problem.stride[1] > 1
-    return load, min(limit(problem.out_size[1]), 2 if strided and load > 1 else 1 if strided else 2 * load)
 
 
 def is_narrow(problem: DepthwiseProblem) -> bool:
@@ -198,7 +125,7 @@ class DirectNchw(Variant):
             return Rejection(self.stem, str(tile), reason)
 
         own_only = Columns(tile.vector * problem.stride[1], 0, 0, 0)
-        columns = place_columns(problem, tile) if tile.whole_window else own_only
+        columns = place_columns(problem, tile.vector, tile.load_vector) if tile.whole_window else own_only
         if columns.halo_lanes > 32:
             return rejected(f"the halo needs {columns.halo_lanes} lanes to load it; a warp has 32")
         # Where one strip owns every column of a row, what lies beyond it is padding: there is no halo to load.
@@ -209,7 +136,6 @@ class DirectNchw(Variant):
         if whole_rows and width > 32 * tile.slots * tile.vector:
             return rejected(f"rows of {width} columns are wider than the {32 * tile.slots * tile.vector} of a strip")
         lanes = lanes_of(width, tile.slots * tile.vector, columns.halo_lanes, whole_rows)
-        strip = lanes * tile.slots
         if tile.whole_window:
             needed = registers(problem, tile, whole_rows)
             if needed > MAX_REGISTERS:
@@ -221,12 +147,10 @@ class DirectNchw(Variant):
                 return rejected(
                     f"the filter's {problem.taps} taps don't fit in registers beside the rows; {MAX_TAPS} do"
                 )
-        row_strips = -(-problem.out_size[0] // tile.rows)
-        column_strips = -(-problem.out_size[1] // (strip * tile.vector))
-        groups = problem.batch * problem.out_channels * row_strips * column_strips
-        if groups * lanes > GRID_X_LIMIT - tile.threads:
-            return rejected(f"{groups * lanes} threads can't be numbered in 31 bits")
-        blocks = max(1, -(-groups * lanes // tile.threads))
+        strips = Strips.of(problem, lanes, lanes * tile.slots * tile.vector, tile.rows)
+        if strips.threads > GRID_X_LIMIT - tile.threads:
+            return rejected(f"{strips.threads} threads can't be numbered in 31 bits")
+        blocks = strips.blocks(tile.threads)
         constants = problem_constants(problem) | {
             "THREADS": tile.threads,
             "MIN_BLOCKS": tile.min_blocks,
@@ -248,18 +172,12 @@ class DirectNchw(Variant):
             block=(tile.threads, 1, 1),
             shared_bytes=0,
             sizes=problem_sizes(problem),
-            tiling=(
-                *fast_divisor(row_strips),
-                *fast_divisor(column_strips),
-                *fast_divisor(problem.out_channels),
-                groups,
-                lanes.bit_length() - 1,
-            ),
+            tiling=strips.tiling,
             tile=f"{tile}, {lanes} lanes",
             predicted_seconds=(
                 window_seconds(problem, device, tile, columns, whole_rows, blocks)
                 if tile.whole_window
-                else tap_by_tap_seconds(problem, device, groups * lanes * 8, instructions_before=15, per_tap=5)
+                else tap_by_tap_seconds(problem, device, strips.threads * 8, instructions_before=15, per_tap=5)
             ),
         )
 
