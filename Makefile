@@ -59,7 +59,7 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(CUDA_SOURCES)
 
 bench: $(STAMP)
-	$(BIN)/dwconv bench
+	$(BIN)/dwconv bench --suite kernelbench --dtype float32 --layout channels_first
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

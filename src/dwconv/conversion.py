@@ -22,7 +22,9 @@ class Conversion:
     left_alone: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} depthwise layers are computed by dwconv: {', '.join(self.replaced) or 'none'}"]
+        count = len(self.replaced)
+        layers = "depthwise layer is" if count == 1 else "depthwise layers are"
+        lines = [f"{count} {layers} computed by dwconv: {', '.join(self.replaced) or 'none'}"]
         return "\n".join(lines + [f"left alone: {name}: {reason}" for name, reason in self.left_alone])
 
 
@@ -50,7 +52,7 @@ def convert(model: torch.nn.Module) -> Conversion:
     >>> import torch, dwconv
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 16, 1))
     >>> print(dwconv.convert(model))
-    1 depthwise layers are computed by dwconv: 0
+    1 depthwise layer is computed by dwconv: 0
     left alone: 1: groups=1, depthwise needs groups=8
     """
     replaced: list[str] = []

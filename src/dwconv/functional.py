@@ -54,10 +54,14 @@ def conv2d(
     """
     if weight.dim() != 4:
         raise DepthwiseError(f"weight has shape {tuple(weight.shape)}; a depthwise filter is [C*m, 1, KH, KW]")
-    compiling = torch.compiler.is_compiling()
-    hashable = not (isinstance(stride, list) or isinstance(padding, list) or isinstance(dilation, list))
-    numbers_of = _known_numbers if hashable and not compiling else _numbers
-    numbers = numbers_of(stride, padding, dilation, weight.shape[2], weight.shape[3])
+    sizes = (stride, padding, dilation, weight.shape[2], weight.shape[3])
+    if torch.compiler.is_compiling():
+        numbers = _numbers(*sizes)
+    else:
+        try:
+            numbers = _known_numbers(*sizes)
+        except TypeError:  # lists can't be looked up
+            numbers = _numbers(*sizes)
     if x.dim() == 3:
         return _conv2d(x.unsqueeze(0), weight, bias, numbers).squeeze(0)
     return _conv2d(x, weight, bias, numbers)

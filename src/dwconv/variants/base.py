@@ -63,4 +63,4 @@ def tap_by_tap_seconds(
     instructions = (instructions_before + per_tap * problem.taps) * outputs / 32
     issue = instructions / (4 * device.multiprocessors * clock)
     limits = roofline(problem, device)
-    return LAUNCH_SECONDS + max(2 * limits.copy, 1.25 * issue)
+    return LAUNCH_SECONDS + max(2 * limits.copy, 1.75 * issue)

@@ -1,4 +1,4 @@
-"""direct_nchw: rows march through registers; the fast channels-first variant."""
+"""direct_nchw: a tile's rows wait in registers; the fast channels-first variant."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class DirectNchw(Variant):
             predicted_seconds=(
                 window_seconds(problem, device, tile, columns, whole_rows, blocks)
                 if tile.whole_window
-                else tap_by_tap_seconds(problem, device, strips.threads * 8, instructions_before=15, per_tap=5)
+                else tap_by_tap_seconds(problem, device, strips.threads * 8, instructions_before=15, per_tap=11)
             ),
         )
 
