@@ -15,6 +15,12 @@ from .device import PRESETS, DeviceSpec
 from .errors import DepthwiseError
 from .plan import Constants, Plan
 
+# Imported here and not where it is used first: it takes 10 ms, which no call should wait for.
+try:
+    from cuda.bindings import driver as _bindings
+except ImportError:
+    _bindings = None
+
 _DEFAULT_SHARED_BYTES = 48 * 1024  # more dynamic shared memory must be asked for, kernel by kernel
 _STREAM_CAPTURE_UNSUPPORTED = 900
 _UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupported version
@@ -23,15 +29,12 @@ _UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupport
 _functions: dict[tuple[tuple[str, Constants, str], int], tuple[Any, Any]] = {}
 
 
-@functools.cache
 def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
+    if _bindings is None:
         raise DepthwiseError(
             "the CUDA driver's Python bindings can't be imported: install them with `pip install cuda-bindings`"
-        ) from error
-    return driver
+        )
+    return _bindings
 
 
 def _checked(result: tuple[Any, ...], what: str) -> Any:

@@ -105,6 +105,10 @@ struct FastDivisor {
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+// Does a filter of so many taps, `dilation` apart, have one at this distance from its first?
+__host__ __device__ constexpr bool is_tap(int distance, int dilation, int taps) {
+    return distance >= 0 && distance % dilation == 0 && distance < taps * dilation;
+}
 // floor(a / b) for b > 0, also where a is negative
 __host__ __device__ constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 

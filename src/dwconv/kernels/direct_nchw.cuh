@@ -21,8 +21,7 @@ struct WindowRows {
 
     __host__ __device__ static constexpr bool reads(int r) {
         for (int i = 0; i < C::kRows; ++i)
-            for (int u = 0; u < C::kFilterH; ++u)
-                if (i * C::kStrideH + u * C::kDilationH == r) return true;
+            if (is_tap(r - i * C::kStrideH, C::kDilationH, C::kFilterH)) return true;
         return false;
     }
 };
@@ -64,7 +63,7 @@ __device__ __forceinline__ void sum_from_registers(const typename C::Element* pl
 #pragma unroll
             for (int i = 0; i < C::kRows; ++i) {
                 const int below = r - i * C::kStrideH;  // = u * kDilationH where output row i reads this row
-                if (below < 0 || below % C::kDilationH != 0 || below / C::kDilationH >= C::kFilterH) continue;
+                if (!is_tap(below, C::kDilationH, C::kFilterH)) continue;
 #pragma unroll
                 for (int v = 0; v < C::kFilterW; ++v)
 #pragma unroll

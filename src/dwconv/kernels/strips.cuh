@@ -44,8 +44,7 @@ struct StripColumns {
     // Does any output read column kFirst + k? (Not all are read where dilation or stride leave gaps.)
     __host__ __device__ static constexpr bool reads(int k) {
         for (int o = 0; o < C::kVector; ++o)
-            for (int v = 0; v < C::kFilterW; ++v)
-                if (o * C::kStrideW + v * C::kDilationW == k) return true;
+            if (is_tap(k - o * C::kStrideW, C::kDilationW, C::kFilterW)) return true;
         return false;
     }
 };

@@ -60,7 +60,7 @@ __device__ __forceinline__ void add_row(const StripRow<C>& row, int r, const Str
 #pragma unroll
         for (int i = 0; i < C::kRows; ++i) {
             const int below = r - i * C::kStrideH;  // = u * kDilationH where output row i reads this row
-            if (below < 0 || below % C::kDilationH != 0 || below >= C::kFilterH * C::kDilationH) continue;
+            if (!is_tap(below, C::kDilationH, C::kFilterH)) continue;
             const Sum* taps = filter + below / C::kDilationH * Filter::kRow + first;
             Sum tap[ceil_div(Filter::kChunk, 4) * 4];
 #pragma unroll
