@@ -104,6 +104,8 @@ def test_tensors_beyond_32_bits_have_plans() -> None:
         DepthwiseProblem(1, 1, (70_000, 70_000), (3, 3)),
         DepthwiseProblem(70_000, 70_000, (1, 1), (1, 1)),
         DepthwiseProblem(1, 2, (3, 2**30), (3, 3), padding=((1, 1), (1, 1))),
+        DepthwiseProblem(1, 1, (1, 2**31 + 9), (3, 3), padding=((1, 1), (1, 1))),
+        DepthwiseProblem(1, 1, (2**31 - 1, 1), (1, 1)),
     ):
         plan = choose(problem, H200)
         assert plan.grid[0] <= GRID_X_LIMIT

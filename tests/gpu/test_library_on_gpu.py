@@ -90,7 +90,7 @@ def test_a_new_kernel_in_a_capture_works_or_says_what_to_do():
 @needs_20_gb
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 46_400, 46_400), (3, 70_000, 101, 103), (1, 2, 3, 2**28 + 5)],
+    [(1, 1, 46_400, 46_400), (3, 70_000, 101, 103), (1, 2, 3, 2**28 + 5), (1, 1, 1, 2**31 + 9)],
     ids=lambda shape: "x".join(map(str, shape)),
 )
 def test_more_than_2_to_the_31_elements(shape):

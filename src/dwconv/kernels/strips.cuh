@@ -49,12 +49,11 @@ struct StripColumns {
     }
 };
 
-// What a lane holds of one input row: its own columns, and its share of the strip's halo. The first lanes hold what a
-// lane to the right of the strip would own, the last lanes what a lane to the left of it would.
+// What a lane holds of one input row: slot s in columns[s + 1], and in columns[0] and columns[kSlots + 1] what lanes
+// left and right of the strip would own. That is its halo, which the lanes at its ends hold for all; zeros elsewhere.
 template <class C>
 struct StripRow {
-    typename C::Element own[C::kSlots][StripColumns<C>::kOwn];
-    typename C::Element halo[larger(1, StripColumns<C>::kHalo)];
+    typename C::Element columns[C::kSlots + 2][StripColumns<C>::kOwn];
 };
 
 // The place of a thread: which plane, which rows and columns.
@@ -107,7 +106,8 @@ __device__ __forceinline__ void load_row(const typename C::Element* address, boo
 #pragma unroll
         for (int k = 0; k < kOwn; k += C::kLoadVector)
             load_columns<C::kLoadVector>(address + s * slot + k, row_inside, first + s * slot + k, in_w,
-                                         &into.own[s][k]);
+                                         &into.columns[s + 1][k]);
+    typename C::Element halo[larger(1, Columns::kHalo)] = {};
     if constexpr (Columns::kHalo > 0) {
         const bool right = place.lane < Columns::kRightLanes;
         const bool left = place.lane >= place.lanes - Columns::kLeftLanes;
@@ -116,7 +116,13 @@ __device__ __forceinline__ void load_row(const typename C::Element* address, boo
 #pragma unroll
         for (int k = 0; k < Columns::kHalo; k += Columns::kHaloVector)
             load_columns<Columns::kHaloVector>(address + away + k, row_inside && (right || left) && k < each,
-                                               first + away + k, in_w, &into.halo[k]);
+                                               first + away + k, in_w, &halo[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+        const int from_left = k - (kOwn - Columns::kLeftEach);
+        into.columns[0][k] = from_left >= 0 ? halo[from_left] : typename C::Element(0);
+        into.columns[C::kSlots + 1][k] = k < Columns::kRightEach ? halo[k] : typename C::Element(0);
     }
 }
 
@@ -127,17 +133,11 @@ __device__ __forceinline__ typename C::Element column_of(const StripRow<C>& row,
     using Columns = StripColumns<C>;
     const int away = floor_div(offset, Columns::kOwn);  // lanes to the right
     const int k = offset - away * Columns::kOwn;
-    if (away == 0) return row.own[s][k];
+    if (away == 0) return row.columns[s + 1][k];
     // A lane that others reach by going round the end of the group hands out the neighbouring slot, or the halo.
     const bool round = away > 0 ? place.lane < away : place.lane >= place.lanes + away;
-    const int neighbour = away > 0 ? s + 1 : s - 1;
-    const bool in_strip = neighbour >= 0 && neighbour < C::kSlots;
-    const int halo = away > 0 ? k : k - (Columns::kOwn - Columns::kLeftEach);
-    const bool in_halo = halo >= 0 && halo < Columns::kHalo;
-    const typename C::Element far = in_strip  ? row.own[in_strip ? neighbour : s][k]
-                                    : in_halo ? row.halo[in_halo ? halo : 0]
-                                              : typename C::Element(0);
-    return __shfl_sync(0xffffffffu, round ? far : row.own[s][k], (place.lane + away) & (place.lanes - 1), place.lanes);
+    const typename C::Element given = round ? row.columns[away > 0 ? s + 2 : s][k] : row.columns[s + 1][k];
+    return __shfl_sync(0xffffffffu, given, (place.lane + away) & (place.lanes - 1), place.lanes);
 }
 
 // Writes a lane's sums of one row; `address` is that of its first column in slot 0.

@@ -11,7 +11,7 @@ from ..plan import Plan, Rejection, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant, tap_by_tap_seconds
-from .strips import Columns, Strips, lanes_of, place_columns, vector_limits
+from .strips import Columns, Strips, lanes_of, place_columns, too_long, vector_limits
 
 MAX_REGISTERS = 150  # rows, sums, filter and window of a thread; ptxas needs some more, and 255 is the most there are
 MAX_TAPS = 25  # filter taps that fit in registers beside them
@@ -124,6 +124,8 @@ class DirectNchw(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
+        if reason := too_long(problem):
+            return rejected(reason)
         own_only = Columns(tile.vector * problem.stride[1], 0, 0, 0)
         columns = place_columns(problem, tile.vector, tile.load_vector) if tile.whole_window else own_only
         if columns.halo_lanes > 32:

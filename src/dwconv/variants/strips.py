@@ -84,6 +84,14 @@ def vector_limits(problem: DepthwiseProblem) -> tuple[int, int]:
     return load, min(limit(problem.out_size[1]), 2 if strided and load > 1 else 1 if strided else 2 * load)
 
 
+def too_long(problem: DepthwiseProblem) -> str | None:
+    """Why rows and columns can't be numbered in 31 bits, with room for the last strip to reach past them."""
+    longest = max(*problem.size, *problem.out_size) + max(problem.padding[0] + problem.padding[1])
+    if longest < 2**31 - 2**16:
+        return None
+    return f"a padded row or column of {longest} elements is too long to be numbered in 31 bits"
+
+
 @dataclass(frozen=True, slots=True)
 class Strips:
     """How a problem is cut: every plane into column strips, each of them into row strips; a group makes one."""

@@ -10,7 +10,7 @@ from ..plan import Plan, Rejection, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
-from .strips import Columns, Strips, columns_at, lanes_of, place_columns, vector_limits
+from .strips import Columns, Strips, columns_at, lanes_of, place_columns, too_long, vector_limits
 
 THREADS = 64
 VECTOR = 4  # neighbouring outputs of a lane in a row
@@ -57,6 +57,8 @@ class WideNchw(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
+        if reason := too_long(problem):
+            return rejected(reason)
         # One strip owns every column of a narrow image; what lies beyond it is padding: there is no halo to load.
         columns = columns_at(problem, VECTOR, 0)
         whole_rows = max(-(-problem.size[1] // columns.own), -(-problem.out_size[1] // VECTOR)) <= 32

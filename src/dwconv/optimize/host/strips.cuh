@@ -29,11 +29,14 @@ unsigned strip_blocks(const StripTiling& tiling) {
     return static_cast<unsigned>(blocks > 0 ? blocks : 1);
 }
 
-// Whether threads can be numbered in 31 bits, and vectors stand at addresses that are multiples of their size.
+// Whether threads, rows and columns can be numbered in 31 bits, with room for the last strip to reach past them, and
+// vectors stand at addresses that are multiples of their size.
 template <class C>
 bool strips_fit(const Sizes& sizes, const StripTiling& tiling, const void* x) {
     const long long groups = sizes.planes * tiling.row_strips.divisor * tiling.column_strips.divisor;
-    return groups << tiling.log2_lanes <= 0x7fffffffll - C::kThreads &&
+    const long long most = 0x7ffe0000ll - C::kPadTop - C::kPadLeft;
+    const bool short_enough = sizes.in_h < most && sizes.in_w < most && sizes.out_h < most && sizes.out_w < most;
+    return short_enough && groups << tiling.log2_lanes <= 0x7fffffffll - C::kThreads &&
            is_aligned(x, sizeof(typename C::Element) * C::kLoadVector) && sizes.in_w % C::kLoadVector == 0 &&
            sizes.out_w % C::kStoreVector == 0;
 }
