@@ -28,8 +28,8 @@ def conv2d(
 
     Equivalent to `torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[1])`; the
     groups are implied by the shapes. Runs dwconv's kernels for float32 on CUDA and channels-first memory (columns
-    contiguous, any other strides); PyTorch's own convolution computes other dtypes, channels-last memory and CPU
-    tensors.
+    contiguous, any other strides); PyTorch's own convolution computes other dtypes, channels-last memory, CPU tensors,
+    and everything under `torch.autocast`.
 
     Args:
         x: [N, C, H, W], or [C, H, W] for one image; N may be 0. Where neighbouring columns aren't neighbours in memory
@@ -82,6 +82,8 @@ _known_numbers = functools.lru_cache(maxsize=1024)(_numbers)
 
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, ...]) -> Tensor:
     y: Tensor
+    if torch.is_autocast_enabled(x.device.type):  # to 16 bits, which PyTorch computes
+        return ops.torch_conv2d(x, weight, bias, *ops.grouped(numbers))
     if torch.compiler.is_compiling() or not ops.takes_now(x, weight, bias):
         y = torch.ops.dwconv.conv2d(x, weight, bias, *numbers)
     elif torch.is_grad_enabled() and (

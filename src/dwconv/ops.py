@@ -31,6 +31,7 @@ LIBRARY.define(
 
 Launch = Callable[[int, int, int, int], None]
 _PLAIN = (Tensor, torch.nn.Parameter)
+_MAX_PREPARED = 4096  # problems and calls that are remembered, for streams of shapes
 
 
 def takes_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -52,7 +53,7 @@ def takes_now(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _readable(tensor: Tensor) -> Tensor:
     """The tensor itself where neighbouring columns are neighbours in memory, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 or tensor.numel() == 0 else tensor.contiguous()
 
 
 def torch_conv2d(
@@ -71,19 +72,18 @@ def torch_conv2d(
     return F.conv2d(x, weight, bias, stride, even, dilation, groups=x.shape[1])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_MAX_PREPARED)
 def _launcher_of(problem: DepthwiseProblem, index: int) -> Launch:
     """Problem -> plan -> compiled kernel -> launcher; the whole flow, once for each problem and device."""
     plan = choose(problem, device_spec(index))
     return launcher(plan, compile_plan(plan), index)
 
 
-# What a call looks up first: everything that decides its launcher, as plain values. Bounded, for streams of shapes.
-_MAX_PREPARED = 4096
+# What a call looks up first: everything that decides its launcher, as plain values.
 _prepared: dict[tuple[Any, ...], tuple[Launch, tuple[int, ...]]] = {}
 
 
-def _grouped(numbers: tuple[int, ...]) -> tuple[Pair, tuple[Pair, Pair], Pair]:
+def grouped(numbers: tuple[int, ...]) -> tuple[Pair, tuple[Pair, Pair], Pair]:
     """Stride, padding and dilation from the operator's eight integers."""
     stride_h, stride_w, top, bottom, left, right, dilation_h, dilation_w = numbers
     return (stride_h, stride_w), ((top, bottom), (left, right)), (dilation_h, dilation_w)
@@ -96,7 +96,7 @@ def _nothing(x: int, weight: int, bias: int, y: int) -> None:
 def _prepare(
     x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[int, ...]
 ) -> tuple[Launch, tuple[int, ...]]:
-    problem = problem_of(x, weight, bias, *_grouped(numbers))
+    problem = problem_of(x, weight, bias, *grouped(numbers))
     if len(_prepared) >= _MAX_PREPARED:
         _prepared.clear()
     empty = 0 in problem.y_shape
@@ -110,11 +110,11 @@ def _left_to_torch(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tupl
     """PyTorch's convolution, after the same checks (once for the same shapes) that dwconv's own kernels get."""
     key = (*((t.shape, t.dtype, t.device) if t is not None else None for t in (x, weight, bias)), numbers)
     if key not in _checked:
-        problem_of(x, weight, bias, *_grouped(numbers))
+        problem_of(x, weight, bias, *grouped(numbers))
         if len(_checked) >= _MAX_PREPARED:
             _checked.clear()
         _checked.add(key)
-    return torch_conv2d(x, weight, bias, *_grouped(numbers))
+    return torch_conv2d(x, weight, bias, *grouped(numbers))
 
 
 def conv2d_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
@@ -146,7 +146,7 @@ def _conv2d_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -
     if emulation is None or not takes(x):
         return _left_to_torch(x, weight, bias, numbers)
     x, weight = _readable(x), weight.contiguous()
-    problem = problem_of(x, weight, bias, *_grouped(numbers))
+    problem = problem_of(x, weight, bias, *grouped(numbers))
     y = x.new_empty(problem.y_shape)
     if y.numel():
         plan = choose(problem, preset(emulation.arch), emulation.variant)
@@ -156,7 +156,7 @@ def _conv2d_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -
 
 def _conv2d_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
     check_tensors(x, weight, bias)
-    (stride, padding, dilation) = _grouped(numbers)
+    (stride, padding, dilation) = grouped(numbers)
     if not takes(x) or (x.device.type == "cpu" and emulator.active() is None):
         return torch_conv2d(x, weight, bias, stride, padding, dilation)
     sizes = [

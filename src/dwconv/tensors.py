@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import DepthwiseError
-from .problem import DepthwiseProblem
+from .problem import DepthwiseProblem, contiguous_strides
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -67,9 +67,15 @@ def problem_of(
         multiplier=weight.shape[0] // x.shape[1],
         bias=bias is not None,
         dtype=DTYPES[x.dtype],
-        x_strides=x.stride(),
+        x_strides=_strides(x),
         aligned=alignment(x.data_ptr()),
     )
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of x, those of a contiguous tensor where a dimension has one element and its stride means nothing."""
+    natural = contiguous_strides(tuple(x.shape))
+    return tuple(n if size == 1 else s for size, s, n in zip(x.shape, x.stride(), natural, strict=True))
 
 
 def alignment(address: int) -> int:

@@ -76,8 +76,20 @@ def test_one_image_and_no_image() -> None:
         lambda x: x.transpose(2, 3),
         lambda x: x.to(memory_format=torch.channels_last),
         lambda x: x[..., ::2],
+        lambda x: x[:, :, :1].transpose(2, 3),
+        lambda x: x[:1, :, :, ::3].contiguous()[:, :, ::2],
     ],
-    ids=["cropped", "some channels", "every other channel", "expanded", "transposed", "channels_last", "strided"],
+    ids=[
+        "cropped",
+        "some channels",
+        "every other channel",
+        "expanded",
+        "transposed",
+        "channels_last",
+        "strided",
+        "one column",
+        "rows",
+    ],
 )
 def test_x_may_be_any_view(view) -> None:
     x = view(tensors()[0])
@@ -117,6 +129,15 @@ def test_gradients_of_uneven_padding() -> None:
     padding = ((2, 1), (0, 3))
     assert torch.autograd.gradcheck(lambda *t: dwconv.conv2d(*t, padding=padding, stride=2), (x, weight, bias))
     assert torch.autograd.gradgradcheck(lambda *t: dwconv.conv2d(*t, padding=padding, stride=2), (x, weight, bias))
+
+
+def test_autocast_casts_as_torch_does() -> None:
+    x, weight, bias = tensors()
+    layer = dwconv.Conv2d(3, 6, 3, padding=1, groups=3)
+    with torch.autocast("cpu", torch.bfloat16), dwconv.emulated():
+        assert torch.equal(dwconv.conv2d(x, weight, bias), F.conv2d(x, weight, bias, groups=3))
+        mixed = layer(x.bfloat16())
+    assert mixed.dtype == torch.bfloat16
 
 
 def test_only_the_gradients_that_are_needed() -> None:

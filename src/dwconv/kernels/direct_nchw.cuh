@@ -120,25 +120,14 @@ __device__ __forceinline__ void direct_nchw(const typename C::Element* x, const 
     const typename C::Element* plane =
         x + place.image * sizes.x_image + place.channel / C::kMultiplier * sizes.x_channel;
     const typename C::Element* taps = w + place.channel * (C::kFilterH * C::kFilterW);
-    const Sum bias = C::kHasBias ? static_cast<Sum>(__ldg(b + place.channel)) : Sum(0);
     Sum sums[C::kRows][C::kSlots][C::kVector];
-#pragma unroll
-    for (int i = 0; i < C::kRows; ++i)
-#pragma unroll
-        for (int s = 0; s < C::kSlots; ++s)
-#pragma unroll
-            for (int o = 0; o < C::kVector; ++o) sums[i][s][o] = bias;
+    start_sums<C>(b, place, sums);
     if constexpr (C::kWholeWindow)
         sum_from_registers<C>(plane, taps, sizes, place, sums);
     else
         sum_tap_by_tap<C>(plane, taps, sizes, place, sums);
 
-    if (!place.inside) return;
-    const long long plane_rows = (place.image * sizes.out_channels + place.channel) * sizes.out_h;
-    typename C::Element* out = y + (plane_rows + place.row) * sizes.out_w + place.column;
-#pragma unroll
-    for (int i = 0; i < C::kRows; ++i, out += sizes.out_w)
-        if (place.row + i < sizes.out_h) store_row<C>(out, place, static_cast<int>(sizes.out_w), sums[i]);
+    store_sums<C>(y, sizes, place, sums);
 }
 
 }  // namespace dwconv

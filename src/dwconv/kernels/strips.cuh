@@ -157,4 +157,29 @@ __device__ __forceinline__ void store_row(typename C::Element* address, const St
         }
 }
 
+// Starts the sums of a thread: with the bias of its channel, or with zeros.
+template <class C, class Sum>
+__device__ __forceinline__ void start_sums(const typename C::Element* b, const StripPlace& place,
+                                           Sum (&sums)[C::kRows][C::kSlots][C::kVector]) {
+    const Sum bias = C::kHasBias ? static_cast<Sum>(__ldg(b + place.channel)) : Sum(0);
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+        for (int s = 0; s < C::kSlots; ++s)
+#pragma unroll
+            for (int o = 0; o < C::kVector; ++o) sums[i][s][o] = bias;
+}
+
+// Writes the sums of a thread to its rows of y.
+template <class C, class Sum>
+__device__ __forceinline__ void store_sums(typename C::Element* y, const Sizes& sizes, const StripPlace& place,
+                                           const Sum (&sums)[C::kRows][C::kSlots][C::kVector]) {
+    if (!place.inside) return;
+    const long long plane_rows = (place.image * sizes.out_channels + place.channel) * sizes.out_h;
+    typename C::Element* out = y + (plane_rows + place.row) * sizes.out_w + place.column;
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i, out += sizes.out_w)
+        if (place.row + i < sizes.out_h) store_row<C>(out, place, static_cast<int>(sizes.out_w), sums[i]);
+}
+
 }  // namespace dwconv

@@ -95,14 +95,8 @@ __device__ __forceinline__ void wide_nchw(const typename C::Element* x, const ty
     share_filters<C>(w, filters, first_plane, sizes, tiling);
     const Sum* filter = filters + (place.plane - first_plane) * WideFilter<C>::kTaps;
 
-    const Sum bias = C::kHasBias ? static_cast<Sum>(__ldg(b + place.channel)) : Sum(0);
     Sum sums[C::kRows][C::kSlots][C::kVector];
-#pragma unroll
-    for (int i = 0; i < C::kRows; ++i)
-#pragma unroll
-        for (int s = 0; s < C::kSlots; ++s)
-#pragma unroll
-            for (int o = 0; o < C::kVector; ++o) sums[i][s][o] = bias;
+    start_sums<C>(b, place, sums);
 
     const int first_row = place.row * C::kStrideH - C::kPadTop;
     const int first = place.column * C::kStrideW + C::kColumnShift;
@@ -126,12 +120,7 @@ __device__ __forceinline__ void wide_nchw(const typename C::Element* x, const ty
         if (__any_sync(0xffffffffu, is_inside(r))) add_row<C>(row, r, place, filter, sums);
     }
 
-    if (!place.inside) return;
-    const long long plane_rows = (place.image * sizes.out_channels + place.channel) * sizes.out_h;
-    typename C::Element* out = y + (plane_rows + place.row) * sizes.out_w + place.column;
-#pragma unroll
-    for (int i = 0; i < C::kRows; ++i, out += sizes.out_w)
-        if (place.row + i < sizes.out_h) store_row<C>(out, place, static_cast<int>(sizes.out_w), sums[i]);
+    store_sums<C>(y, sizes, place, sums);
 }
 
 }  // namespace dwconv
