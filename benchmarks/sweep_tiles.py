@@ -28,8 +28,7 @@ from dwconv.ops import torch_conv2d
 from dwconv.plan import Plan
 from dwconv.problem import DepthwiseProblem
 from dwconv.roofline import roofline
-from dwconv.variants.direct_nchw import DirectNchw, Tile
-from dwconv.variants.strips import vector_limits
+from dwconv.variants.direct_nchw import DirectNchw, window_tile
 
 ROUNDS = 15
 BEST = 12
@@ -41,14 +40,12 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def plans_of(problem: DepthwiseProblem, options: argparse.Namespace) -> dict[str, Plan]:
     """The legal tiles among all combinations of the options, by name."""
-    load_limit, store_limit = vector_limits(problem)
     found = {}
     for columns, rows, threads, blocks in itertools.product(
         options.columns.split(","), options.rows, options.threads, options.blocks
     ):
         slots, vector = (int(part) for part in columns.split("x"))
-        load = max(v for v in (1, 2, 4) if v <= load_limit and vector * problem.stride[1] % v == 0)
-        tile = Tile(True, vector, slots, rows, load, min(store_limit, vector), threads, blocks)
+        tile = window_tile(problem, vector, slots, rows, threads, blocks)
         plan = DirectNchw().plan(problem, device_spec(0), tile)
         if isinstance(plan, Plan):
             found[f"{rows} rows, {columns} columns, {threads} threads, {blocks} blocks"] = plan

@@ -39,6 +39,11 @@ class DeviceSpec:
     def sm(self) -> int:
         return int(self.arch.removeprefix("sm_"))
 
+    @property
+    def clock(self) -> float:
+        """The clock, in Hz, at which the float32 rate is reached: 128 multiply-adds of a multiprocessor in each."""
+        return self.fp32_tflops * 1e12 / (self.multiprocessors * 256)
+
 
 _MIB = 1 << 20
 _KIB = 1 << 10

@@ -7,7 +7,6 @@ after, and dilation, for height and width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from . import emulator
 from .choose import choose
 from .compile import compile_plan
 from .device import preset
-from .launch import device_spec, launcher
+from .launch import Launch, device_spec, launcher
 from .problem import DepthwiseProblem
 from .tensors import Pair, check_tensors, problem_of, takes
 
@@ -29,7 +28,6 @@ LIBRARY.define(
     "int pad_left, int pad_right, int dilation_h, int dilation_w) -> Tensor"
 )
 
-Launch = Callable[[int, int, int, int], None]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MAX_PREPARED = 4096  # problems and calls that are remembered, for streams of shapes
 
@@ -156,7 +154,7 @@ def _conv2d_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -
 
 def _conv2d_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
     check_tensors(x, weight, bias)
-    (stride, padding, dilation) = grouped(numbers)
+    stride, padding, dilation = grouped(numbers)
     if not takes(x) or (x.device.type == "cpu" and emulator.active() is None):
         return torch_conv2d(x, weight, bias, stride, padding, dilation)
     sizes = [

@@ -57,8 +57,7 @@ def tap_by_tap_seconds(
     A multiprocessor issues 4 warp instructions a clock; a tap costs about 8 (bounds, address, load, multiply-add).
     The DRAM reaches at most half of a copy's rate under such kernels.
     """
-    clock = device.fp32_tflops * 1e12 / (device.multiprocessors * 256)
     instructions = (instructions_before + per_tap * problem.taps) * outputs / 32
-    issue = instructions / (4 * device.multiprocessors * clock)
+    issue = instructions / (4 * device.multiprocessors * device.clock)
     limits = roofline(problem, device)
     return LAUNCH_SECONDS + max(2 * limits.copy, 1.75 * issue)

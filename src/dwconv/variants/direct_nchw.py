@@ -10,8 +10,8 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
-from .base import GRID_X_LIMIT, Variant, tap_by_tap_seconds
-from .strips import Columns, Strips, lanes_of, place_columns, too_long, vector_limits
+from .base import Variant, tap_by_tap_seconds
+from .strips import Columns, Strips, lanes_of, place_columns, too_long, vector_limits, window_rows
 
 MAX_REGISTERS = 150  # rows, sums, filter and window of a thread; ptxas needs some more, and 255 is the most there are
 MAX_TAPS = 25  # filter taps that fit in registers beside them
@@ -47,14 +47,8 @@ class Tile:
         )
 
 
-def window_rows(problem: DepthwiseProblem, rows: int) -> int:
-    """Input rows that `rows` neighbouring output rows reach over."""
-    return (rows - 1) * problem.stride[0] + (problem.filter[0] - 1) * problem.dilation[0] + 1
-
-
-def registers(problem: DepthwiseProblem, tile: Tile, whole_rows: bool) -> int:
+def registers(problem: DepthwiseProblem, tile: Tile, columns: Columns, whole_rows: bool) -> int:
     """Estimate of a thread's registers: input rows, sums, filter, the window of one row, and addresses."""
-    columns = place_columns(problem, tile.vector, tile.load_vector)
     row = tile.slots * columns.own + (0 if whole_rows else columns.halo_registers)
     sums = tile.rows * tile.slots * tile.vector
     return window_rows(problem, tile.rows) * row + sums + problem.taps + columns.span + 4
@@ -75,6 +69,13 @@ def representative(problem: DepthwiseProblem) -> DepthwiseProblem:
     return replace(problem, batch=16, channels=64, size=size, x_strides=())
 
 
+def window_tile(problem: DepthwiseProblem, vector: int, slots: int, rows: int, threads: int, min_blocks: int) -> Tile:
+    """A tile that loads all rows first, with the widest loads and stores that the problem's alignment allows."""
+    load_limit, store_limit = vector_limits(problem)
+    load = max(v for v in (1, 2, 4) if v <= load_limit and (vector * problem.stride[1]) % v == 0)
+    return Tile(True, vector, slots, rows, load, min(store_limit, vector), threads, min_blocks)
+
+
 class DirectNchw(Variant):
     stem = "direct_nchw"
     technique = (
@@ -84,15 +85,14 @@ class DirectNchw(Variant):
 
     def tiles(self, problem: DepthwiseProblem) -> Iterator[Tile]:
         """Every tile that the problem's alignment allows, whether its registers suffice or not."""
-        load_limit, store_limit = vector_limits(problem)
+        load_limit, _ = vector_limits(problem)
         # rows, threads and blocks that measured best, each on some problem (docs/measurements.md)
         shapes = [(3, 192, 1), (4, 256, 1), (2, 128, 1), (1, 128, 1)]
         if problem.taps >= 15 and is_narrow(problem):
             shapes.insert(0, (4, 96, 7))  # where arithmetic takes its time, more warps with fewer registers hide it
         for vector, slots in ((4, 2), (4, 1)) if load_limit == 4 else ((4, 2), (2, 2), (2, 4), (1, 4), (1, 8)):
-            load = max(v for v in (1, 2, 4) if v <= load_limit and (vector * problem.stride[1]) % v == 0)
             for rows, threads, blocks in shapes:
-                yield Tile(True, vector, slots, rows, load, min(store_limit, vector), threads, blocks)
+                yield window_tile(problem, vector, slots, rows, threads, blocks)
         yield Tile(False, 1, 4, 2)
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
@@ -102,8 +102,9 @@ class DirectNchw(Variant):
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
         best, seconds = None, math.inf
+        large_problem = representative(problem)
         for tile in self.tiles(problem):
-            large = self.plan(representative(problem), device, tile)
+            large = self.plan(large_problem, device, tile)
             # tiles come in the order of their measured speed: the model must promise more than its noise to change it
             if isinstance(large, Plan) and tile.whole_window and large.predicted_seconds < 0.97 * seconds:
                 best, seconds = tile, large.predicted_seconds
@@ -131,15 +132,15 @@ class DirectNchw(Variant):
         if columns.halo_lanes > 32:
             return rejected(f"the halo needs {columns.halo_lanes} lanes to load it; a warp has 32")
         # Where one strip owns every column of a row, what lies beyond it is padding: there is no halo to load.
-        most = columns.shift + 32 * tile.slots * columns.own
-        whole_rows = tile.whole_window and is_narrow(problem) and columns.shift <= 0 and most >= problem.size[1]
+        owned = columns.shift + 32 * tile.slots * columns.own
+        whole_rows = tile.whole_window and is_narrow(problem) and columns.shift <= 0 and owned >= problem.size[1]
         width = -(-(problem.size[1] - columns.shift) // problem.stride[1]) if whole_rows else 0
         width = max(width, problem.out_size[1])
         if whole_rows and width > 32 * tile.slots * tile.vector:
             return rejected(f"rows of {width} columns are wider than the {32 * tile.slots * tile.vector} of a strip")
         lanes = lanes_of(width, tile.slots * tile.vector, columns.halo_lanes, whole_rows)
         if tile.whole_window:
-            needed = registers(problem, tile, whole_rows)
+            needed = registers(problem, tile, columns, whole_rows)
             if needed > MAX_REGISTERS:
                 return rejected(f"needs about {needed} registers a thread; {MAX_REGISTERS} is the most")
             most = register_limit(device, tile)
@@ -150,8 +151,8 @@ class DirectNchw(Variant):
                     f"the filter's {problem.taps} taps don't fit in registers beside the rows; {MAX_TAPS} do"
                 )
         strips = Strips.of(problem, lanes, lanes * tile.slots * tile.vector, tile.rows)
-        if strips.threads > GRID_X_LIMIT - tile.threads:
-            return rejected(f"{strips.threads} threads can't be numbered in 31 bits")
+        if reason := strips.too_many(tile.threads):
+            return rejected(reason)
         blocks = strips.blocks(tile.threads)
         constants = problem_constants(problem) | {
             "THREADS": tile.threads,
@@ -209,7 +210,6 @@ def window_seconds(
     out_bytes = tile.rows * tile.vector * vector_bytes
     rows = window_rows(problem, tile.rows)
     warps = tile.threads // 32
-    clock = device.fp32_tflops * 1e12 / (device.multiprocessors * 256)
     bandwidth = device.dram_gbs * 1e9 / device.multiprocessors
 
     loads = rows * tile.slots * columns.own / tile.load_vector + (0 if whole_rows else rows)
@@ -223,11 +223,11 @@ def window_seconds(
     block_rows = warps * tile.rows * problem.stride[0]
     again = (block_rows + (problem.filter[0] - 1) * problem.dilation[0]) / block_rows
     l2 = warps * (in_bytes * again + out_bytes) / (2 * bandwidth)
-    l1 = warps * (wavefronts + shuffles) / clock
-    issue = warps * instructions / (4 * clock)
+    l1 = warps * (wavefronts + shuffles) / device.clock
+    issue = warps * instructions / (4 * device.clock)
     alone = device.latency_ns * 1e-9 + dram / 2 + issue
 
-    each = min(-(-registers(problem, tile, whole_rows) // 8) * 8, register_limit(device, tile))
+    each = min(-(-registers(problem, tile, columns, whole_rows) // 8) * 8, register_limit(device, tile))
     resident = max(1, min(device.registers // 128 // each * 4 // warps, device.threads // tile.threads, 32))
     norm = math.cbrt(dram**3 + l2**3 + l1**3 + issue**3 + (alone / resident) ** 3)
     return LAUNCH_SECONDS + alone + norm * max(1.0, blocks / device.multiprocessors)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..plan import fast_divisor
 from ..problem import DepthwiseProblem
+from .base import GRID_X_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,11 @@ def columns_at(problem: DepthwiseProblem, vector: int, shift: int) -> Columns:
     reach = (vector - 1) * stride + (problem.filter[1] - 1) * problem.dilation[1] + 1
     first = -problem.padding[1][0] - shift
     return Columns(own, shift, max(0, -first), max(0, first + reach - own))
+
+
+def window_rows(problem: DepthwiseProblem, rows: int) -> int:
+    """Input rows that `rows` neighbouring output rows reach over."""
+    return (rows - 1) * problem.stride[0] + (problem.filter[0] - 1) * problem.dilation[0] + 1
 
 
 def lanes_of(width: int, lane_outputs: int, least: int, whole_rows: bool) -> int:
@@ -131,6 +137,12 @@ class Strips:
             self.groups,
             self.lanes.bit_length() - 1,
         )
+
+    def too_many(self, threads: int) -> str | None:
+        """Why the threads of blocks of so many can't be numbered."""
+        if self.threads <= GRID_X_LIMIT - threads:
+            return None
+        return f"{self.threads} threads can't be numbered in 31 bits"
 
     def blocks(self, threads: int) -> int:
         """Blocks of so many threads; at least one."""

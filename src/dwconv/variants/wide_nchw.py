@@ -9,17 +9,15 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
-from .base import GRID_X_LIMIT, Variant
-from .strips import Columns, Strips, columns_at, lanes_of, place_columns, too_long, vector_limits
+from .base import Variant
+from .strips import Columns, Strips, columns_at, lanes_of, place_columns, too_long, vector_limits, window_rows
 
 THREADS = 64
 VECTOR = 4  # neighbouring outputs of a lane in a row
 AHEAD = 2  # input rows in flight
 CHUNK = 16  # filter taps of a row that are in registers at a time
 SHARED_LIMIT = 48 * 1024  # more would have to be asked for, kernel by kernel
-LOW = (
-    8  # images up to this height make too few strips of 7 rows (7x7 images, 7x7 filter: 0.39 against 0.30 of the limit)
-)
+LOW = 8  # up to this height, images get strips of 4 rows: 7x7 images and filter reach 0.39 of the limit, not 0.30
 MAX_CHUNKS = 8  # of a filter row; each adds its code to the kernel
 
 
@@ -72,7 +70,6 @@ class WideNchw(Variant):
         width = max(-(-problem.size[1] // problem.stride[1]) if whole_rows else 0, problem.out_size[1])
         least = 1 if whole_rows else columns.halo_lanes
         lanes = lanes_of(width, VECTOR, least, whole_rows)
-        shared_bytes = 0
         while True:  # more lanes mean fewer groups in a block, and so fewer filters
             strips = Strips.of(problem, lanes, lanes * VECTOR, tile.rows)
             shared_bytes = strips.block_planes(THREADS) * problem.filter[0] * padded * 4
@@ -81,8 +78,8 @@ class WideNchw(Variant):
             lanes *= 2
         if shared_bytes > SHARED_LIMIT:
             return rejected(f"the filters of a block take {shared_bytes} bytes of shared memory; {SHARED_LIMIT} fit")
-        if strips.threads > GRID_X_LIMIT - THREADS:
-            return rejected(f"{strips.threads} threads can't be numbered in 31 bits")
+        if reason := strips.too_many(THREADS):
+            return rejected(reason)
         constants = problem_constants(problem) | {
             "THREADS": THREADS,
             "SLOTS": 1,
@@ -119,12 +116,11 @@ def row_by_row_seconds(
     A lane issues its multiply-adds, a shared load for every four taps of each output row, a shuffle and a selection
     for every column that isn't its own, and some 20 instructions to fetch a row.
     """
-    rows = (tile.rows - 1) * problem.stride[0] + (problem.filter[0] - 1) * problem.dilation[0] + 1
+    rows = window_rows(problem, tile.rows)
     taps = tile.rows * problem.filter[0]
     chunks = -(-problem.filter[1] // CHUNK)
     foreign = columns.left + columns.right + (chunks - 1) * (VECTOR - 1)
     instructions = taps * (problem.filter[1] * VECTOR + problem.filter[1] / 4 + 3) + rows * (2 * foreign + 20)
-    clock = device.fp32_tflops * 1e12 / (device.multiprocessors * 256)
     warps = strips.blocks(THREADS) * THREADS / 32
-    issue = warps * instructions / (4 * device.multiprocessors * clock)
+    issue = warps * instructions / (4 * device.multiprocessors * device.clock)
     return LAUNCH_SECONDS + max(2.2 * roofline(problem, device).copy, 1.6 * issue)
