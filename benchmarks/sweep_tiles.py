@@ -1,15 +1,15 @@
-"""Times tiles of direct_nchw beside each other on this machine's GPU: the tool behind docs/measurements.md.
+"""Times every legal tile of a variant on this machine's GPU, beside a copy of as many bytes.
 
-    PYTHONPATH=src python benchmarks/sweep_tiles.py --case 85 --rows 3,4 --threads 96,192 --blocks 1,7 --json tiles.json
+    PYTHONPATH=src python benchmarks/sweep_tiles.py --variant direct_nchw --case 82_ --case 85_ --json tiles.json
+    PYTHONPATH=src python benchmarks/sweep_tiles.py --variant direct_nhwc --case convnext --dtype float16
 
-Tries every combination of the options, leaves out what is not legal and what spills, checks each result against
-PyTorch's, and prints the best. Tiles with the same figures differ by noise only: look at the spread.
+Leaves out what spills or gives a wrong result, and prints the best, the one that the variant prefers with an arrow.
+Tiles with the same figures differ by noise only: look at the spread.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shlex
 import sys
@@ -18,91 +18,79 @@ from pathlib import Path
 
 import torch
 
+from dwconv.bench.baselines import best_plan, in_layout, make_tensors, variant_contender
 from dwconv.bench.results import attainment, write_whole
-from dwconv.bench.run import conditions_here
-from dwconv.bench.suites import load_suite
+from dwconv.bench.run import check, conditions_here, expect
+from dwconv.bench.suites import LAYOUTS, SUITES, load_suite, select
 from dwconv.bench.timing import copy_contender, measure
 from dwconv.compile import compile_many
-from dwconv.launch import device_spec, launcher
-from dwconv.ops import torch_conv2d
-from dwconv.plan import Plan
-from dwconv.problem import DepthwiseProblem
+from dwconv.errors import DepthwiseError
+from dwconv.launch import device_spec
+from dwconv.problem import DTYPE_BYTES, DepthwiseProblem
 from dwconv.roofline import roofline
-from dwconv.variants.direct_nchw import DirectNchw, window_tile
+from dwconv.variants import REGISTRY
 
 ROUNDS = 15
 BEST = 12
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def plans_of(problem: DepthwiseProblem, options: argparse.Namespace) -> dict[str, Plan]:
-    """The legal tiles among all combinations of the options, by name."""
-    found = {}
-    for columns, rows, threads, blocks in itertools.product(
-        options.columns.split(","), options.rows, options.threads, options.blocks
-    ):
-        slots, vector = (int(part) for part in columns.split("x"))
-        tile = window_tile(problem, vector, slots, rows, threads, blocks)
-        plan = DirectNchw().plan(problem, device_spec(0), tile)
-        if isinstance(plan, Plan):
-            found[f"{rows} rows, {columns} columns, {threads} threads, {blocks} blocks"] = plan
-    return found
-
-
-def sweep(problem: DepthwiseProblem, plans: dict[str, Plan]) -> list[dict[str, object]]:
-    """Attainment, spread and registers of every plan that meets its blocks without spilling, the best first."""
-    x = torch.rand(problem.x_shape, device="cuda")
-    weight = torch.randn(problem.weight_shape, device="cuda")
-    expected = torch_conv2d(x, weight, None, problem.stride, problem.padding, problem.dilation)
-    y = torch.empty_like(expected)
+def sweep(problem: DepthwiseProblem, stem: str) -> list[dict[str, object]]:
+    """Attainment, spread and registers of every tile of a variant, the best first."""
+    device = device_spec(0)
+    plans = {plan.tile: plan for plan in REGISTRY[stem].every_plan(problem.lifted(2), device)}
+    tensors = make_tensors(problem, "cuda")
+    expected = expect(problem, tensors)
+    y = in_layout(torch.empty(problem.y_shape, dtype=tensors.x.dtype, device="cuda"), problem.layout)
     contenders, registers = {"copy": copy_contender(problem.least_bytes, "cuda")}, {}
-    for (name, plan), kernel in zip(plans.items(), compile_many(plans.values()), strict=True):
-        if kernel.constants != plan.constants:
-            continue  # it would spill
-        run = launcher(plan, kernel, 0)
-        y.fill_(float("nan"))
-        run(x.data_ptr(), weight.data_ptr(), 0, y.data_ptr())
-        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-        contenders[name] = lambda run=run: run(x.data_ptr(), weight.data_ptr(), 0, y.data_ptr())
-        registers[name] = kernel.resources.registers
-    del expected
+    for (tile, plan), kernel in zip(plans.items(), compile_many(plans.values()), strict=True):
+        if kernel.constants != plan.constants or kernel.resources.spill_bytes:
+            continue
+        contender = variant_contender(plan, tensors, y)
+        checked = check(problem, tensors, contender, expected)
+        if checked is not None and checked[1] > 1:
+            print(f"  wrong, {checked[1]:.3g} times its bound: {tile}")
+            continue
+        contenders[tile] = contender.run
+        registers[tile] = kernel.resources.registers
     timings = measure(contenders, rounds=ROUNDS, limit_seconds=60)
-    copy, fma = timings.pop("copy").median, roofline(problem, device_spec(0)).fma
+    copy, fma = timings.pop("copy").median, roofline(problem, device).fma
     rows = [
         {
-            "tile": name,
+            "tile": tile,
             "attainment": round(attainment(copy, fma, timing.median), 4),
             "spread": round(timing.spread, 4),
-            "registers": registers[name],
+            "registers": registers[tile],
         }
-        for name, timing in timings.items()
+        for tile, timing in timings.items()
     ]
     return sorted(rows, key=lambda row: -float(str(row["attainment"])))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", required=True, help="part of a KernelBench case's name; repeatable")
-    parser.add_argument("--columns", default="2x4,1x4", help="slots x vector of a lane (default 2x4,1x4)")
-    parser.add_argument("--rows", type=numbers, default=(2, 3, 4))
-    parser.add_argument("--threads", type=numbers, default=(96, 128, 192, 256))
-    parser.add_argument("--blocks", type=numbers, default=(1,), help="blocks that a multiprocessor shall hold")
+    parser.add_argument("--variant", required=True, choices=REGISTRY)
+    parser.add_argument("--suite", default="kernelbench", choices=SUITES)
+    parser.add_argument("--case", action="append", default=[], help="part of a case's name; repeatable")
+    parser.add_argument("--dtype", action="append", default=[], choices=DTYPE_BYTES)
+    parser.add_argument("--layout", action="append", default=[], choices=LAYOUTS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     command = shlex.join(["python", "benchmarks/sweep_tiles.py", *sys.argv[1:]])
     report = {"conditions": asdict(conditions_here(torch, ROUNDS, command)), "cases": {}}
-    for case in load_suite("kernelbench"):
-        if not any(part in case.name for part in options.case):
+    for name, problem in select(load_suite(options.suite), options.case, options.dtype, options.layout):
+        try:
+            preferred = best_plan(problem, device_spec(0), options.variant).tile
+        except DepthwiseError as error:
+            print(f"{name} {problem.dtype} {problem.layout}: {error}")
             continue
-        problem = case.problem("float32", "channels_first", "forward")
-        rows = sweep(problem, plans_of(problem, options))
-        report["cases"][case.name] = rows
-        print(f"{case.name}: {len(rows)} tiles")
-        for row in rows[:BEST]:
-            print(f"  {row['attainment']:.3f} ±{row['spread']:.1%} {row['registers']:4d} registers  {row['tile']}")
+        rows = sweep(problem, options.variant)
+        report["cases"][f"{name} {problem.dtype} {problem.layout}"] = rows
+        print(f"{name} {problem.dtype} {problem.layout}: {len(rows)} tiles")
+        for number, row in enumerate(rows):
+            if number < BEST or row["tile"] == preferred:
+                arrow = "→" if row["tile"] == preferred else " "
+                figures = f"{row['attainment']:.3f} ±{row['spread']:.1%} {row['registers']:4d} registers"
+                print(f"{arrow} {figures}  {row['tile']}")
         torch.cuda.empty_cache()
     if options.json:
         write_whole(options.json, json.dumps(report, indent=1) + "\n")

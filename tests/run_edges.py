@@ -1,4 +1,4 @@
-"""Runs every variant on every third edge problem on the GPU, for a checker that watches the process from outside."""
+"""Runs some edge problems of every variant, dtype, layout and dimension on the GPU, for a checker that watches it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
-from dwconv.choose import choose  # noqa: E402
 from dwconv.compile import compile_many, compile_plan  # noqa: E402
 from dwconv.launch import device_spec, launch  # noqa: E402
-from dwconv.variants import REGISTRY  # noqa: E402
-from problems import EDGE_PROBLEMS, make_inputs, make_output  # noqa: E402
+from edge_plans import chosen_plans  # noqa: E402
+from problems import make_epilogue, make_inputs, make_output  # noqa: E402
 
-plans = [choose(problem, device_spec(0), variant) for variant in REGISTRY for problem in EDGE_PROBLEMS[::3]]
+plans = chosen_plans(device_spec(0), most=4)
 compile_many(plans)
 for plan in plans:
     # no margins: a read or write beyond a tensor leaves its allocation
-    inputs = make_inputs(plan.problem, offset=0, device="cuda") if plan.problem.aligned == 16 else None
-    if inputs is not None:
-        launch(plan, compile_plan(plan), *inputs, make_output(plan.problem, offset=0, margin=0, device="cuda").y)
+    inputs, epilogue = make_inputs(plan.problem, device="cuda"), make_epilogue(plan.problem, device="cuda")
+    launch(plan, compile_plan(plan), *inputs, make_output(plan.problem, margin=0, device="cuda").y, **epilogue)
 torch.cuda.synchronize()
 print(f"{len(plans)} problems ran")

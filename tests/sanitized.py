@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dwconv import emulator
-from dwconv.choose import choose
+from dwconv.choose import candidates, choose
 from dwconv.device import H200
 from dwconv.emulator import build, launch
 from dwconv.plan import Plan
@@ -25,27 +25,48 @@ from emulated_kernels import run_kernel
 from problems import make_inputs, make_output
 
 PROBLEM = DepthwiseProblem(1, 2, (6, 20), (3, 3))
-TALLER = replace(PROBLEM, size=(7, 20))
+# A variant shows its mistakes on the first of these that it takes.
+PROBLEMS = [
+    PROBLEM,
+    DepthwiseProblem(1, 8, (6, 20), (3, 3), layout="channels_last"),
+    DepthwiseProblem(1, 2, (4, 5, 20), (3, 3, 3)),
+    DepthwiseProblem(1, 8, (4, 5, 20), (3, 3, 3), layout="channels_last"),
+    DepthwiseProblem(1, 8, (14, 14), (3, 3), padding=((1, 1), (1, 1)), dtype="float16"),
+    DepthwiseProblem(1, 16, (6, 20), (3, 3), dtype="float16", layout="channels_last"),
+    DepthwiseProblem(1, 2, (12, 40), (9, 9)),
+    DepthwiseProblem(1, 8, (12, 20), (9, 9), layout="channels_last"),
+]
+
+
+def taken(variant: str) -> tuple[DepthwiseProblem, DepthwiseProblem]:
+    """A problem that the variant takes, and the same one with a row (a plane) more."""
+    for problem in PROBLEMS:
+        taller = replace(problem, size=(problem.size[0] + 1, *problem.size[1:]))
+        if all(isinstance(candidates(each, H200, variant)[0], Plan) for each in (problem, taller)):
+            return problem, taller
+    raise AssertionError(f"{variant} takes none of PROBLEMS: add one that it takes")
 
 
 def launch_plan(plan: Plan, x: Tensor, weight: Tensor, y: Tensor) -> None:
     """emulator.run without its checks of the tensors."""
-    arguments = launch.kernel_arguments(plan, x, weight, None, y)
+    arguments = launch.kernel_arguments(plan, x, weight, None, y, None, None, None)
     launch.launch_kernel(build.library(plan), plan.grid, plan.block, plan.shared_bytes, arguments)
 
 
 def larger_input(variant: str) -> None:
     """The real kernel, told that the image has one more row than its memory."""
-    plan = choose(TALLER, H200, variant)
-    x_strides = choose(PROBLEM, H200, variant).sizes[-3:]
-    x, weight, _ = make_inputs(PROBLEM)
-    launch_plan(replace(plan, sizes=(*plan.sizes[:-3], *x_strides)), x, weight, make_output(TALLER, margin=0).y)
+    problem, taller = taken(variant)
+    plan = choose(taller, H200, variant)
+    x_strides = choose(problem, H200, variant).sizes[-5:]
+    x, weight, _ = make_inputs(problem)
+    launch_plan(replace(plan, sizes=(*plan.sizes[:-5], *x_strides)), x, weight, make_output(taller, margin=0).y)
 
 
 def smaller_output(variant: str) -> None:
     """The real kernel, given room for one row less."""
-    x, weight, _ = make_inputs(TALLER)
-    launch_plan(choose(TALLER, H200, variant), x, weight, make_output(PROBLEM, margin=0).y)
+    problem, taller = taken(variant)
+    x, weight, _ = make_inputs(taller)
+    launch_plan(choose(taller, H200, variant), x, weight, make_output(problem, margin=0).y)
 
 
 def right() -> None:

@@ -18,12 +18,28 @@ from .version import __version__
 if TYPE_CHECKING:
     from .conversion import convert
     from .emulator import emulated
-    from .functional import conv2d
-    from .modules import Conv2d
+    from .functional import conv1d, conv2d, conv3d
+    from .modules import Conv1d, Conv2d, Conv3d
 
-_LAZY = {"conv2d": "functional", "Conv2d": "modules", "convert": "conversion", "emulated": "emulator"}
+_LAZY = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), "functional"),
+    **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), "modules"),
+    "convert": "conversion",
+    "emulated": "emulator",
+}
 
-__all__ = ["Conv2d", "DepthwiseError", "__version__", "conv2d", "convert", "emulated"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "DepthwiseError",
+    "__version__",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convert",
+    "emulated",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .device import DeviceSpec
 from .errors import DepthwiseError
 from .plan import Plan, Rejection
@@ -18,10 +20,13 @@ def candidates(problem: DepthwiseProblem, device: DeviceSpec, variant: str | Non
     if variant is not None and variant not in REGISTRY:
         raise DepthwiseError(f"variant={variant!r} is unknown: use one of {', '.join(REGISTRY)}")
     found: list[Plan | Rejection] = []
+    lifted = problem.lifted(2)
     for stem, candidate in REGISTRY.items():
         if variant in (None, stem):
-            reason = candidate.unsupported(problem)
-            found.extend([Rejection(stem, "", reason)] if reason else candidate.candidates(problem, device))
+            reason = candidate.unsupported(lifted)
+            found.extend([Rejection(stem, "", reason)] if reason else candidate.candidates(lifted, device))
+    if lifted is not problem:
+        found = [replace(c, problem=problem) if isinstance(c, Plan) else c for c in found]
     return sorted(found, key=lambda c: c.predicted_seconds if isinstance(c, Plan) else float("inf"))
 
 
@@ -35,9 +40,19 @@ def choose(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = 
     >>> choose(DepthwiseProblem(16, 64, (512, 512), (3, 3)), H200).variant
     'direct_nchw'
     """
+    return ranked(problem, device, variant)[0]
+
+
+def ranked(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = None) -> list[Plan]:
+    """Every legal plan, the one with the least predicted time first; there is at least one.
+
+    Raises:
+        DepthwiseError: no variant takes the problem; the message says why each one doesn't.
+    """
     found = candidates(problem, device, variant)
-    if found and isinstance(found[0], Plan):
-        return found[0]
+    plans = [candidate for candidate in found if isinstance(candidate, Plan)]
+    if plans:
+        return plans
     reasons = dict.fromkeys(f"{c.variant}: {c.reason}" for c in found if isinstance(c, Rejection))
     raise DepthwiseError(
         f"no kernel takes this problem ({problem}): {'; '.join(reasons)}. Use torch.nn.functional for it."

@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import env
-from .bench.suites import DIRECTIONS, LAYOUTS, SUITES, load_suite
+from .bench.suites import DIRECTIONS, FEW, LAYOUTS, SUITES, load_suite
 from .bench.timing import ROUNDS
 from .device import PRESETS, preset
 from .errors import DepthwiseError
-from .problem import DTYPE_BYTES, DepthwiseProblem, expand, padding_pairs
+from .problem import ACTIVATIONS, DTYPE_BYTES, DepthwiseProblem, Epilogue, expand, padding_pairs
 from .version import __version__
 
 USER_ERROR = 2
@@ -115,7 +115,7 @@ def _add_explain(commands: _Commands[_Parser]) -> None:
         description=about,
         epilog="Numbers: 3, or one for each spatial dimension: 3,7. Needs no GPU.",
     )
-    command.add_argument("--input", required=True, metavar="N,C,H,W", help="the input's shape, as 16,64,512,512")
+    command.add_argument("--input", required=True, metavar="N,C,...", help="the input's shape, as 16,64,512,512")
     command.add_argument("--kernel", required=True, metavar="K", help="the filter: 3, or 3,7")
     command.add_argument("--stride", default="1", metavar="S", help="default 1")
     command.add_argument(
@@ -126,6 +126,10 @@ def _add_explain(commands: _Commands[_Parser]) -> None:
     command.add_argument("--bias", action="store_true", help="with a bias")
     command.add_argument("--dtype", default="float32", help=", ".join(DTYPE_BYTES))
     command.add_argument("--layout", default="channels_first", choices=LAYOUTS, help="default channels_first")
+    command.add_argument("--activation", metavar="NAME", help=", ".join(ACTIVATIONS))
+    for name, about in (("scale", "a factor"), ("shift", "a summand")):
+        command.add_argument(f"--{name}", action="store_true", help=f"with {about} for each output channel")
+    command.add_argument("--residual", action="store_true", help="with a tensor added to the result")
     command.add_argument("--arch", default="sm_90", help=f"{', '.join(PRESETS)}; default sm_90")
     command.add_argument("--variant", help="this variant's plans only")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -137,6 +141,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=SUITES, help="kernelbench: five large problems; models: 43 layers of networks")
     what.add_argument("--host", action="store_true", help="the host's time for a call, and for a first call")
+    what.add_argument("--merge", nargs="+", metavar="FILE", type=Path, help="make one report of several JSON files")
     command.add_argument("--list", action="store_true", help="list the suite's cases and stop")
     command.add_argument(
         "--case", action="append", default=[], metavar="NAME", help="part of a case's name; repeatable"
@@ -144,12 +149,21 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     command.add_argument("--direction", default="forward", choices=(*DIRECTIONS, "all"), help="default forward")
     command.add_argument("--dtype", action="append", default=[], metavar="DTYPE", help="default: all the suite lists")
     command.add_argument("--layout", action="append", default=[], choices=LAYOUTS, help="default: all the suite lists")
-    command.add_argument("--contender", action="append", default=[], metavar="NAME", help="default: all; repeatable")
+    command.add_argument(
+        "--contender",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"repeatable; default: eager, compile, dwconv, and for up to {FEW} problems every variant",
+    )
     command.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        default=None,
-        help="time torch.compile too; it takes seconds for each problem (default: for up to 12 problems)",
+        default=True,
+        help="time torch.compile too; it takes seconds for each problem",
+    )
+    command.add_argument(
+        "--shard", default="1/1", metavar="I/N", help="this part of the suite's problems only; see --merge"
     )
     command.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"samples of each; default {ROUNDS}")
     command.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
@@ -204,6 +218,7 @@ def problem_of(options: argparse.Namespace) -> DepthwiseProblem:
         bias=options.bias,
         dtype=options.dtype,
         layout=options.layout,
+        epilogue=Epilogue(options.activation, options.scale, options.shift, options.residual),
     )
 
 
@@ -229,6 +244,18 @@ def padding_of(
     return tuple((pair[0], pair[-1]) for pair in pairs)
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """Part and number of parts, of "2/5".
+
+    Raises:
+        DepthwiseError: something else.
+    """
+    parts = integers("--shard", text.replace("/", ","), "2/5, the second of five parts")
+    if len(parts) != 2:
+        raise DepthwiseError(f"--shard {text} is not understood: give part and number of parts, as 2/5")
+    return parts[0], parts[1]
+
+
 def _explain(options: argparse.Namespace, console: Console) -> int:
     from .explain import explain, print_explanation, to_json
 
@@ -251,8 +278,10 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str], console: Conso
             problem = case.problem(case.dtypes[0], case.layouts[0], "forward")
             console.print(f"{case.name}: {problem} ({case.source})", markup=False, soft_wrap=True)
         return 0
-    from .bench.run import Settings, run
+    from .bench.run import Settings, merge, run
 
+    if options.merge:
+        return merge(options.merge, options.json, options.markdown, console)
     settings = Settings(
         suite=options.suite,
         names=tuple(options.case),
@@ -261,6 +290,7 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str], console: Conso
         directions=DIRECTIONS if options.direction == "all" else (options.direction,),
         contenders=tuple(options.contender),
         compile=options.compile,
+        shard=shard_of(options.shard),
         rounds=options.rounds,
         json_path=options.json,
         markdown_path=options.markdown,

@@ -76,6 +76,24 @@ def compile_plan(plan: Plan) -> CompiledKernel:
     return kernel
 
 
+def compile_first(plans: Iterable[Plan]) -> tuple[Plan, CompiledKernel]:
+    """The first plan whose kernel doesn't spill registers, and its kernel; the first one's where all do.
+
+    Variants estimate registers, ptxas decides: its word is final for the problem and compiler at hand.
+
+    Raises:
+        DepthwiseError: as `compile_plan`.
+    """
+    spilled: tuple[Plan, CompiledKernel] | None = None
+    for plan in plans:
+        kernel = compile_plan(plan)
+        if not kernel.resources.spill_bytes:
+            return plan, kernel
+        spilled = spilled or (plan, kernel)
+    assert spilled is not None, "plans must not be empty"
+    return spilled
+
+
 def compiled_plan(plan: Plan) -> Plan:
     """The plan as it was compiled: with the constants of its machine code, which may be `relaxed`."""
     return replace(plan, constants=compile_plan(plan).constants)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .modules import Conv2d
+from .modules import Conv1d, Conv2d, Conv3d
+
+# torch.nn's layers, and what computes the depthwise ones among them
+_LAYERS = {torch.nn.Conv1d: Conv1d, torch.nn.Conv2d: Conv2d, torch.nn.Conv3d: Conv3d}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +37,20 @@ def why_not(layer: torch.nn.Module) -> str | None:
     >>> why_not(torch.nn.Conv2d(8, 8, 3))
     'groups=1, depthwise needs groups=8'
     """
-    if isinstance(layer, Conv2d):
+    if isinstance(layer, (Conv1d, Conv2d, Conv3d)):
         return "is computed by dwconv already"
-    if type(layer) is not torch.nn.Conv2d:
-        return f"{type(layer).__name__} isn't torch.nn.Conv2d itself"
+    if type(layer) not in _LAYERS:
+        return f"{type(layer).__name__} isn't torch.nn.Conv1d, Conv2d or Conv3d itself"
     if layer.groups != layer.in_channels:
         return f"groups={layer.groups}, depthwise needs groups={layer.in_channels}"
     return None
 
 
 def convert(model: torch.nn.Module) -> Conversion:
-    """Makes dwconv compute the depthwise `torch.nn.Conv2d` layers of a model, in place.
+    """Makes dwconv compute the depthwise convolutions of a model, of one to three dimensions, in place.
 
-    The layers stay the objects they are, with their parameters, hooks and names: only their class changes to
-    `dwconv.Conv2d`, a subclass of theirs. state_dict stays the same.
+    The layers stay the objects they are, with their parameters, hooks and names: only their class changes, for example
+    from `torch.nn.Conv2d` to `dwconv.Conv2d`, a subclass. state_dict stays the same.
 
     >>> import torch, dwconv
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 16, 1))
@@ -62,7 +65,7 @@ def convert(model: torch.nn.Module) -> Conversion:
             continue
         reason = why_not(layer)
         if reason is None:
-            layer.__class__ = Conv2d
+            layer.__class__ = _LAYERS[type(layer)]
             replaced.append(name)
         else:
             left_alone.append((name, reason))

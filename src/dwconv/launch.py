@@ -21,7 +21,6 @@ try:
 except ImportError:
     _bindings = None
 
-_DEFAULT_SHARED_BYTES = 48 * 1024  # more dynamic shared memory must be asked for, kernel by kernel
 _STREAM_CAPTURE_UNSUPPORTED = 900
 _UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupported version
 
@@ -109,17 +108,16 @@ def load(plan: Plan, compiled: CompiledKernel, index: int) -> Any:
             torch.cuda.current_stream()  # creates the device's context
             module = _checked(driver.cuModuleLoadData(compiled.cubin), f"loading {plan.variant}")
             function = _checked(driver.cuModuleGetFunction(module, compiled.entry.encode()), "finding the kernel")
-            if plan.shared_bytes > _DEFAULT_SHARED_BYTES:
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _checked(
-                    driver.cuFuncSetAttribute(function, attribute, plan.shared_bytes),
-                    f"asking for {plan.shared_bytes} bytes of shared memory",
-                )
+            # As much as a block may take: plans of one kernel differ in what they need.
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            properties = torch.cuda.get_device_properties(index)
+            most: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
+            _checked(driver.cuFuncSetAttribute(function, attribute, most), f"asking for {most} bytes of shared memory")
         _functions[key] = (function, module)
     return _functions[key][0]
 
 
-Launch = Callable[[int, int, int, int], None]
+Launch = Callable[..., None]
 
 
 @functools.cache
@@ -129,7 +127,9 @@ def _launch_kernel() -> Any:
 
 
 def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
-    """A function of four addresses (x, weight, bias or 0, y) that launches the plan on the current stream.
+    """A function of addresses (x, weight, bias, y; then scale, shift, residual) that launches on the current stream.
+
+    0 stands for a tensor that the problem hasn't; those of the epilogue may be left out where it has none.
 
     Everything that doesn't change from call to call is packed here, once.
     """
@@ -138,12 +138,11 @@ def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
     tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
     shape = tuple(map(ctypes.c_uint, (*plan.grid, *plan.block, plan.shared_bytes)))
     launch_kernel, stream_of, address = _launch_kernel(), torch._C._cuda_getCurrentRawStream, ctypes.addressof
-    pointers_type, arguments_type, pointer = ctypes.c_void_p * 4, ctypes.c_void_p * 6, ctypes.c_void_p
+    tensors_type, arguments_type, pointer = ctypes.c_void_p * 7, ctypes.c_void_p * 3, ctypes.c_void_p
 
-    def launch_now(x: int, weight: int, bias: int, y: int) -> None:
-        pointers = pointers_type(x, weight, bias, y)
-        at = address(pointers)
-        arguments = arguments_type(at, at + 8, at + 16, at + 24, address(sizes), address(tiling))
+    def launch_now(x: int, weight: int, bias: int, y: int, *epilogue: int) -> None:
+        tensors = tensors_type(x, weight, bias, y, *epilogue)  # twin of `dwconv::Tensors`
+        arguments = arguments_type(address(tensors), address(sizes), address(tiling))
         status = launch_kernel(function, *shape, pointer(stream_of(index)), arguments, None)
         if status:
             raise _failure(status, f"launching {plan.variant} with grid {plan.grid}")
@@ -158,12 +157,14 @@ def launch(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     y: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> None:
     """Launches a plan once, on the current stream of x's device. An empty output launches nothing."""
     if y.numel() == 0:
         return
     index = x.device.index
     with torch.cuda.device(index):
-        launcher(plan, compiled, index)(
-            x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        )
+        tensors = (x, weight, bias, y, scale, shift, residual)
+        launcher(plan, compiled, index)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .device import DeviceSpec
-from .problem import DepthwiseProblem
+from .problem import ACTIVATIONS, DepthwiseProblem
 
 Constants = tuple[tuple[str, int | str], ...]
 
-CUDA_ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "float64": "double"}
+# The kernels' names of element types; those of 16 bits are kernels/common.cuh's own.
+CUDA_ELEMENTS = {"float16": "dwconv::Half", "bfloat16": "dwconv::BFloat16", "float32": "float", "float64": "double"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +56,37 @@ class Rejection:
 
 
 def problem_constants(problem: DepthwiseProblem) -> dict[str, int | str]:
-    """The constants that every two-dimensional forward kernel takes from the problem itself."""
-    (pad_top, _), (pad_left, _) = problem.padding
-    return {
+    """The constants of `ProblemConfig` (kernels/config.cuh), which every kernel takes from the problem itself."""
+    problem, epilogue = problem.lifted(3), problem.epilogue
+    constants: dict[str, int | str] = {
         "ELEMENT": CUDA_ELEMENTS[problem.dtype],
-        "FILTER_H": problem.filter[0],
-        "FILTER_W": problem.filter[1],
-        "STRIDE_H": problem.stride[0],
-        "STRIDE_W": problem.stride[1],
-        "PAD_TOP": pad_top,
-        "PAD_LEFT": pad_left,
-        "DILATION_H": problem.dilation[0],
-        "DILATION_W": problem.dilation[1],
+        "CHANNELS_LAST": int(problem.layout == "channels_last"),
         "MULTIPLIER": problem.multiplier,
         "HAS_BIAS": int(problem.bias),
+        "ACTIVATION": 0 if epilogue.activation is None else 1 + ACTIVATIONS.index(epilogue.activation),
+        "HAS_SCALE": int(epilogue.scale),
+        "HAS_SHIFT": int(epilogue.shift),
+        "HAS_RESIDUAL": int(epilogue.residual),
     }
+    for i, (side, before) in enumerate((("D", "FRONT"), ("H", "TOP"), ("W", "LEFT"))):
+        constants |= {
+            f"FILTER_{side}": problem.filter[i],
+            f"STRIDE_{side}": problem.stride[i],
+            f"PAD_{before}": problem.padding[i][0],
+            f"DILATION_{side}": problem.dilation[i],
+        }
+    return constants
 
 
 def problem_sizes(problem: DepthwiseProblem) -> tuple[int, ...]:
     """The fields of `dwconv::Sizes` (kernels/common.cuh), in their order."""
-    x_image, x_channel, x_row, _ = problem.plane_strides
+    problem = problem.lifted(3)
     return (
         problem.batch * problem.out_channels,
         problem.out_channels,
         *problem.size,
         *problem.out_size,
-        x_image,
-        x_channel,
-        x_row,
+        *problem.plane_strides,
     )
 
 

@@ -16,6 +16,8 @@ Layout = Literal["channels_first", "channels_last"]
 
 Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
 
+ACTIVATIONS = ("relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid", "leaky_relu")
+
 _DIMENSION_NAMES = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
@@ -69,6 +71,36 @@ def padding_pairs(
 
 
 @dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What is done to a sum before it is rounded and stored: scale * activation(conv + bias) + shift + residual.
+
+    Attributes:
+        activation: one of `ACTIVATIONS`, or None.
+        scale, shift: whether there is a factor, a summand, for each output channel.
+        residual: whether a tensor shaped like y is added.
+
+    Raises:
+        DepthwiseError: an unknown activation.
+    """
+
+    activation: str | None = None
+    scale: bool = False
+    shift: bool = False
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise DepthwiseError(
+                f"activation={self.activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}, or apply it to the "
+                "result"
+            )
+
+    def __str__(self) -> str:
+        names = [self.activation] if self.activation else []
+        return ", ".join(names + [name for name in ("scale", "shift", "residual") if getattr(self, name)])
+
+
+@dataclass(frozen=True, slots=True)
 class DepthwiseProblem:
     """One validated depthwise convolution. Sizes in elements.
 
@@ -83,7 +115,9 @@ class DepthwiseProblem:
         padding: (before, after) per spatial dimension, zeros.
         multiplier: m, output channels per input channel.
         bias: whether b is added.
-        x_strides: strides of x in elements, [N, C, *spatial]; () means contiguous.
+        layout: of x and y in memory: columns are neighbours in channels_first, channels in channels_last.
+        x_strides: strides of x in elements, [N, C, *spatial]; () means dense in its layout.
+        epilogue: what follows the sum.
         aligned: bytes that the starts of x and y are known to be a multiple of (at most 16 matters).
 
     Raises:
@@ -108,6 +142,7 @@ class DepthwiseProblem:
     direction: Direction = "forward"
     x_strides: tuple[int, ...] = ()
     aligned: int = 16
+    epilogue: Epilogue = Epilogue()
     out_size: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -198,9 +233,11 @@ class DepthwiseProblem:
 
     @property
     def least_bytes(self) -> int:
-        """The least DRAM traffic: input, filter, bias and output, once each."""
-        elements = math.prod(self.x_shape) + math.prod(self.weight_shape) + math.prod(self.y_shape)
-        return (elements + (self.out_channels if self.bias else 0)) * self.element_bytes
+        """The least DRAM traffic: input, filter, bias, output and what the epilogue reads, once each."""
+        outputs, epilogue = math.prod(self.y_shape), self.epilogue
+        elements = math.prod(self.x_shape) + math.prod(self.weight_shape) + outputs * (2 if epilogue.residual else 1)
+        per_channel = self.bias + epilogue.scale + epilogue.shift
+        return (elements + per_channel * self.out_channels) * self.element_bytes
 
     @property
     def multiply_adds(self) -> int:
@@ -209,9 +246,28 @@ class DepthwiseProblem:
     @property
     def plane_strides(self) -> tuple[int, ...]:
         """Strides of x in elements, [N, C, *spatial]."""
-        if self.x_strides:
-            return self.x_strides
-        return contiguous_strides(self.x_shape)
+        return self.x_strides or dense_strides(self.x_shape, self.layout)
+
+    def lifted(self, dims: int) -> DepthwiseProblem:
+        """The same convolution with at least so many spatial dimensions: those added in front have one element.
+
+        >>> DepthwiseProblem(1, 8, (100,), (3,)).lifted(2).size
+        (1, 100)
+        """
+        added = dims - self.dims
+        if added <= 0:
+            return self
+        ones = (1,) * added
+        image, channel, *spatial = self.plane_strides
+        return replace(
+            self,
+            size=ones + self.size,
+            filter=ones + self.filter,
+            stride=ones + self.stride,
+            padding=((0, 0),) * added + self.padding,
+            dilation=ones + self.dilation,
+            x_strides=(image, channel, *(0,) * added, *spatial),
+        )
 
     def with_batch(self, batch: int, channels: int) -> DepthwiseProblem:
         """The same convolution of fewer images and channels: they don't depend on each other."""
@@ -231,7 +287,9 @@ class DepthwiseProblem:
             text += f", padding {by(tuple(p[0] for p in self.padding)) if even else self.padding}"
         if self.multiplier > 1:
             text += f", multiplier {self.multiplier}"
-        return text + (", bias" if self.bias else "") + ("" if self.direction == "forward" else f", {self.direction}")
+        text += ", bias" if self.bias else ""
+        text += f", {self.epilogue}" if self.epilogue != Epilogue() else ""
+        return text + ("" if self.direction == "forward" else f", {self.direction}")
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -241,3 +299,15 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     (15, 5, 1)
     """
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def dense_strides(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """Strides in elements of a dense tensor [N, C, *spatial] in a layout.
+
+    >>> dense_strides((2, 3, 5), "channels_last")
+    (15, 1, 3)
+    """
+    if layout == "channels_first":
+        return contiguous_strides(shape)
+    image, *spatial, channel = contiguous_strides((shape[0], *shape[2:], shape[1]))
+    return (image, channel, *spatial)

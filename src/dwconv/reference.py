@@ -1,34 +1,81 @@
 """The result that every kernel is measured against: the definition in float64, and how far rounding may lead from it.
 
-Nothing here uses the kernels, or PyTorch's convolution.
+Nothing here uses the kernels, or PyTorch's convolution. Activations are PyTorch's, in float64.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import DepthwiseProblem
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """An activation in float64, and how far a kernel's may be from it.
+
+    Attributes:
+        exact: as PyTorch defines it, for Inf and NaN too.
+        slope: the largest |derivative|, rounded up: an error of the sum grows by no more.
+        roundings: error of its own, in roundings u of max(|sum|, |activated|). A multiplication, addition, division
+            or constant is 1 of its result, CUDA's exp 2 (1 ulp), erfc 8 (4 ulp). Where the error of an argument is
+            magnified (exp and erfc far out), the result is small: |a| exp(-|a|) < 0.37, and |a| exp(-a²) < 0.43.
+    """
+
+    exact: Callable[[Tensor], Tensor]
+    slope: float
+    roundings: int
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(F.relu, 1.0, 0),
+    "relu6": Activation(F.relu6, 1.0, 0),
+    "silu": Activation(F.silu, 1.1, 4),
+    "gelu": Activation(F.gelu, 1.13, 12),
+    "gelu_tanh": Activation(lambda v: F.gelu(v, approximate="tanh"), 1.13, 8),
+    # not F.hardswish: on CUDA it multiplies by a sixth that is rounded to float32, also in float64
+    "hardswish": Activation(lambda v: v * (v + 3).clamp(0, 6) / 6, 1.5, 4),
+    "sigmoid": Activation(torch.sigmoid, 0.25, 4),
+    "leaky_relu": Activation(lambda v: F.leaky_relu(v, 0.01), 1.0, 2),
+}
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: DepthwiseProblem,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The exact result, and the bound that a kernel which sums in float32 (float64 for float64) keeps.
 
-        exact = b + sum of terms,   bound = 1.01 * (n * u * magnitude + eps / 2 * |exact|) + tiny
+        sum = b + sum of terms,   exact = scale * activation(sum) + shift + residual
+        bound = 1.01 * (error + eps / 2 * |exact|) + tiny,   and without an epilogue error = n * u * magnitude
 
     with n = taps + 1, magnitude = |b| + sum of |terms|, u = 2^-24 (rounding of float32), eps that of the problem's
     dtype, and tiny what underflow may lose. The bound holds for any order of summation, with or without fused
     multiply-adds. Padding takes no part: it adds no term, not even zero times a weight, so that the result is not
     finite exactly where a window holds an Inf or NaN (or terms overflow).
 
+    The error goes through the epilogue, and each step adds the rounding of its own result: the activation multiplies
+    it by at most its slope and adds `Activation.roundings`; the scale multiplies it by |scale| and adds one rounding
+    of |scale * activated|; shift and residual add one rounding each of all that has been summed, in absolute value.
+
     Args:
         x: [N, C, *size], any strides, any device.
         weight: [C*m, 1, *filter]; bias: [C*m] or None.
-        problem: gives stride, padding (also uneven), dilation, multiplier and dtype.
+        problem: gives stride, padding (also uneven), dilation, multiplier, dtype and activation.
+        scale, shift: [C*m] or None; residual: [N, C*m, *out_size] or None.
 
     Returns:
         exact and bound, [N, C*m, *out_size] float64.
@@ -55,8 +102,31 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwisePr
         added = bias.double().view(1, problem.channels, problem.multiplier, *(1,) * problem.dims)
         exact += added
         magnitude += added.abs()
-    exact = exact.view(problem.y_shape)
-    return exact, _bound(exact, magnitude.view(problem.y_shape), problem.taps + 1, problem.dtype)
+    total = exact.view(problem.y_shape)
+    unit, tiny = _rounding(problem)
+    error = (problem.taps + 1) * unit * magnitude.view(problem.y_shape)
+    epilogue = problem.epilogue
+    if epilogue.activation is not None:
+        total, error, tiny = _activated(ACTIVATIONS[epilogue.activation], total, error, unit, tiny)
+
+    def per_channel(values: Tensor) -> Tensor:
+        return values.double().view(1, -1, *(1,) * problem.dims)
+
+    # What is added is rounded as a whole: |total| so far.
+    added = total.abs()
+    if scale is not None:
+        total = total * per_channel(scale)
+        error = error * per_channel(scale).abs() + unit * total.abs()
+        tiny = tiny * max(1.0, float(scale.double().abs().max()))
+        added = total.abs()
+    for summand in (None if shift is None else per_channel(shift), None if residual is None else residual.double()):
+        if summand is not None:
+            total = total + summand
+            added = added + summand.abs()
+            error = error + unit * added
+    result = torch.finfo(getattr(torch, problem.dtype))
+    tiny += result.smallest_normal * result.eps
+    return total, 1.01 * (error + result.eps / 2 * total.abs()) + tiny
 
 
 def mismatch(y: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
@@ -117,11 +187,23 @@ def _reached(problem: DepthwiseProblem, tap: tuple[int, ...]) -> tuple[tuple[sli
     return tuple(outputs), tuple(inputs)
 
 
-def _bound(exact: Tensor, magnitude: Tensor, n: int, dtype: str) -> Tensor:
-    result = torch.finfo(getattr(torch, dtype))
-    if dtype == "float64":  # the reference rounds as much as the kernel does
-        rounding, summed = 2 * 2.0**-53, torch.finfo(torch.float64)
+def _rounding(problem: DepthwiseProblem) -> tuple[float, float]:
+    """The relative error of one operation of a kernel, and what underflow may take from its sums."""
+    if problem.dtype == "float64":  # the reference rounds as much as the kernel does
+        unit, summed = 2 * 2.0**-53, torch.finfo(torch.float64)
     else:
-        rounding, summed = 2.0**-24, torch.finfo(torch.float32)
-    tiny = n * summed.smallest_normal * summed.eps + result.smallest_normal * result.eps
-    return 1.01 * (n * rounding * magnitude + result.eps / 2 * exact.abs()) + tiny
+        unit, summed = 2.0**-24, torch.finfo(torch.float32)
+    return unit, (problem.taps + 1) * summed.smallest_normal * summed.eps
+
+
+def _activated(
+    activation: Activation, total: Tensor, error: Tensor, unit: float, tiny: float
+) -> tuple[Tensor, Tensor, float]:
+    """The sum, its error and what underflow takes, after the activation."""
+    activated = activation.exact(total)
+    own = activation.roundings * unit * torch.maximum(total.abs(), activated.abs())
+    # A sum that isn't finite has no error, also where the activation is finite again: relu(-inf) = 0.
+    error = torch.where(total.isfinite(), activation.slope * error + own, 0.0)
+    # Where exp overflows, 1 / exp is 0 instead of at most |sum| / the largest number: |sum| < 800 there.
+    summed = torch.finfo(torch.float64 if unit < 2.0**-50 else torch.float32)
+    return activated, error, activation.slope * tiny + 1024 * summed.smallest_normal

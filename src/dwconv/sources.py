@@ -68,7 +68,7 @@ def kernel_source(stem: str) -> KernelSource:
 
     >>> source = kernel_source("direct_nchw")
     >>> source.includes[0][0], source.border.splitlines()[0][:14]
-    ('common.cuh', '// ---- border')
+    ('elements.cuh', '// ---- border')
     """
     text = _read(f"{stem}.cuh")
     found: dict[str, str] = {}

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dwconv.bench import host, report, results, suites
 from dwconv.bench.results import CaseResult, Conditions, Missing, Report
-from dwconv.bench.run import Settings, check, run, run_case
+from dwconv.bench.run import Settings, check, merge, run, run_case
 from dwconv.bench.timing import LEAST_ROUNDS, CudaClock, Timing, copy_contender, measure, require_gpu
 from dwconv.device import H200
 from dwconv.errors import DepthwiseError
@@ -113,7 +113,7 @@ def test_timing_of_nothing_is_an_error() -> None:
 
 def test_measure_counts_neither_warmup_nor_flush() -> None:
     clock = FakeClock()
-    found = measure({"ours": clock.takes("ours", 50.0, 50.0, 1.0, 2.0, 3.0)}, rounds=3, warmup=2, clock=clock)
+    found = measure({"ours": clock.takes("ours", 0.5, 0.4, 1.0, 2.0, 3.0)}, rounds=3, warmup=2, clock=clock)
     assert found["ours"] == Timing.of([1.0, 2.0, 3.0])
 
 
@@ -121,13 +121,21 @@ def test_measure_flushes_before_each_call_and_turns_the_order() -> None:
     clock = FakeClock()
     measure({"a": clock.takes("a", 1.0), "b": clock.takes("b", 1.0)}, rounds=2, warmup=1, clock=clock)
     first, second = ["flush", "a", "flush", "b"], ["flush", "b", "flush", "a"]
-    assert clock.log == ["a", "b", "synchronize", *first, "synchronize", *second, "synchronize"]
+    assert [entry for entry in clock.log if entry != "synchronize"] == ["a", "b", *first, *second]
+    assert clock.log[2:4] == ["b", "synchronize"], "rounds begin when all is warm"
 
 
 def test_measure_stops_at_its_limit_but_not_before_the_least_rounds() -> None:
     clock = FakeClock()
     found = measure({"slow": clock.takes("slow", 10.0)}, rounds=25, limit_seconds=1.0, clock=clock)
     assert found["slow"].samples == LEAST_ROUNDS
+
+
+def test_measure_warms_slow_contenders_up_once() -> None:
+    clock = FakeClock()
+    measure({"slow": clock.takes("slow", 10.0), "fast": clock.takes("fast", 0.01)}, rounds=1, warmup=3, clock=clock)
+    before_the_first_round = clock.log[: clock.log.index("flush")]
+    assert (before_the_first_round.count("slow"), before_the_first_round.count("fast")) == (1, 3)
 
 
 def test_measure_reports_progress_after_every_round() -> None:
@@ -234,27 +242,56 @@ def test_means_are_geometric_within_classes_and_over_all() -> None:
     rows = tuple(dataclasses.replace(row, attainment=row.attainment / 4) for row in slower.rows)
     found = Report(conditions(), (case(), dataclasses.replace(slower, rows=rows))).means()
     ours = {mean.problem_class: mean for mean in found if mean.contender == "dwconv"}
-    assert list(ours) == ["filters up to 25 taps, less than 64 MB", "filters up to 25 taps, 64 MB or more", "all"]
+    assert list(ours) == ["filters up to 5×5, 64 MB or more", "filters up to 5×5, less than 64 MB", "all"]
     assert ours["all"].attainment == pytest.approx(0.4)
     assert ours["all"].least_attainment == pytest.approx(0.2)
     assert ours["all"].over_eager == pytest.approx(4.0)
     assert ours["all"].cases == 2
+    assert (ours["all"].target, ours["all"].below, ours["all"].slower) == (0.82, 1, 0)
+    assert [mean.below for mean in ours.values()] == [1, 0, 1]
+
+
+def test_the_faster_one_of_eager_and_compile_is_what_counts() -> None:
+    timings = {"copy": timing(1e-3), "eager": timing(5e-3), "compile": timing(1.1e-3), "dwconv": timing(1.2e-3)}
+    slow = results.case_result("slow", PROBLEM, timings, 0.5e-3, {}, {"dwconv": "4 rows"})
+    ours = slow.row("dwconv")
+    assert ours is not None
+    assert slow.over_fastest(ours) == pytest.approx(1.1 / 1.2)
+    found = Report(conditions(), (case(), slow))
+    assert found.short == ((slow, ours),), "it reaches its target, 0.75, and is slower than torch.compile"
+    (mean,) = [mean for mean in found.means() if mean.contender == "dwconv"]
+    assert (mean.slower, mean.below) == (1, 0)
+    assert mean.over_fastest == pytest.approx(math.sqrt(4.0 * 1.1 / 1.2))
+    assert "| slow, float32 channels_first | filters up to 5×5, less than 64 MB | 0.833 | 0.75 | 0.92 | 4 rows |" in (
+        report.markdown(found)
+    )
 
 
 @pytest.mark.parametrize(
     ("size", "taps", "expected"),
     [
-        ((512, 512), (5, 5), "filters up to 25 taps, 64 MB or more"),
-        ((56, 56), (3, 3), "filters up to 25 taps, less than 64 MB"),
-        ((56, 56), (7, 7), "filters of 26 to 121 taps"),
-        ((56, 56), (51, 5), "filters over 121 taps"),
-        ((1000,), (31,), "1-D, filters up to 31 taps"),
-        ((1000,), (768,), "1-D, filters over 31 taps"),
+        ((512, 512), (5, 5), "filters up to 5×5, 64 MB or more"),
+        ((56, 56), (3, 3), "filters up to 5×5, less than 64 MB"),
+        ((56, 56), (7, 7), "7×7, float32"),
+        ((56, 56), (51, 5), "13×13 to 51×51"),
+        ((1000,), (31,), "1-D, 4 to 31 taps"),
+        ((1000,), (768,), "1-D, more taps"),
         ((16, 16, 16), (3, 3, 3), "3-D"),
     ],
 )
 def test_problem_classes(size: tuple[int, ...], taps: tuple[int, ...], expected: str) -> None:
-    assert results.problem_class(DepthwiseProblem(16, 64, size, taps)) == expected
+    problem = DepthwiseProblem(16, 64, size, taps)
+    assert results.problem_class(problem) == expected
+    half = results.problem_class(dataclasses.replace(problem, dtype="float16"))
+    assert half == {"7×7, float32": "7×7, 16 bits"}.get(expected, half)
+    assert half in results.TARGETS
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_every_case_has_a_class_with_a_target(suite: str) -> None:
+    for name, problem in suites.select(suites.load_suite(suite)):
+        found = results.problem_class(problem)
+        assert found in results.TARGETS, name
 
 
 def test_json_round_trip() -> None:
@@ -300,7 +337,7 @@ def test_terminal_report_names_conditions_ratios_and_what_is_wrong() -> None:
     assert "$ dwconv bench --suite kernelbench" in text
     (line,) = [line for line in text.splitlines() if "dwconv" in line and "0.50" in line]
     assert [cell.strip() for cell in line.split("│")[2:-1]] == [
-        "dwconv", "0.800", "4.00", "0.800", "1.250 ms", "2.0%", "0.50",
+        "dwconv", "0.800", "4.00", "4.00", "0.800", "1.250 ms", "2.0%", "0.50",
     ]  # fmt: skip
     assert "WRONG: dwconv on 84" in text
     assert "no figure for tile16 (2 cases, the first 82): takes float32, not float16" in text
@@ -308,7 +345,7 @@ def test_terminal_report_names_conditions_ratios_and_what_is_wrong() -> None:
 
 def test_markdown_tables_are_rectangular() -> None:
     text = report.markdown(Report(conditions(), (case("a|b"), case("84"))))
-    for heading, columns in (("## Geometric means", report.MEAN_COLUMNS), ("## Cases", report.CASE_COLUMNS)):
+    for heading, columns in (("## Geometric means by class", report.MEAN_COLUMNS), ("## Cases", report.CASE_COLUMNS)):
         lines = text.split(heading)[1].strip().split("\n\n")[0].splitlines()
         assert lines[0] == "| " + " | ".join(columns) + " |"
         assert {line.replace("\\|", "").count("|") for line in lines} == {len(columns) + 1}
@@ -326,17 +363,17 @@ def test_noise_is_remarked() -> None:
 
 # ---- a whole case, on the CPU
 
+EVERY_FORM = [
+    PROBLEM,
+    dataclasses.replace(PROBLEM, dtype="bfloat16", layout="channels_last"),
+    DepthwiseProblem(2, 3, (20,), (4,), padding=((3, 0),)),
+    DepthwiseProblem(2, 3, (20,), (4,), padding=((0, 2),), layout="channels_last"),
+    DepthwiseProblem(2, 3, (4, 5, 6), (3, 3, 3), multiplier=2, layout="channels_last"),
+    DepthwiseProblem(2, 3, (4, 5, 6), (3, 3, 3), dtype="float64"),
+]
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        PROBLEM,
-        DepthwiseProblem(2, 3, (20,), (4,), padding=((3, 0),)),
-        DepthwiseProblem(2, 3, (20,), (4,), padding=((0, 2),), layout="channels_last"),
-        DepthwiseProblem(2, 3, (4, 5, 6), (3, 3, 3), multiplier=2, layout="channels_last"),
-    ],
-    ids=str,
-)
+
+@pytest.mark.parametrize("problem", EVERY_FORM, ids=str)
 def test_run_case_checks_and_times_what_pytorch_computes(problem: DepthwiseProblem) -> None:
     found = run_case("case", problem, ["eager"], device="cpu", spec=H200, rounds=3, clock=SteadyClock())
     (row,) = found.rows
@@ -348,12 +385,77 @@ def test_run_case_checks_and_times_what_pytorch_computes(problem: DepthwiseProbl
 
 
 def test_run_case_lists_what_no_kernel_takes() -> None:
-    problem = dataclasses.replace(PROBLEM, dtype="float64")
-    names = ["eager", "dwconv", "tile16"]
+    problem = dataclasses.replace(PROBLEM, layout="channels_last")
+    names = ["eager", "tile16"]
     found = run_case("case", problem, names, device="cpu", spec=H200, rounds=1, clock=SteadyClock())
     assert [row.contender for row in found.rows] == ["eager"]
-    assert [missing.contender for missing in found.missing] == ["dwconv", "tile16"]
-    assert found.missing[1].reason == "takes float32, not float64"
+    assert [missing.contender for missing in found.missing] == ["tile16"]
+    assert found.missing[0].reason == "takes channels_first memory, not channels_last"
+
+
+@pytest.mark.parametrize("problem", EVERY_FORM, ids=str)
+def test_run_case_times_dwconv_in_every_form(problem: DepthwiseProblem) -> None:
+    """On the CPU conv1d, conv2d and conv3d run PyTorch's convolution; what is timed on a GPU is called the same way."""
+    found = run_case("case", problem, ["eager", "dwconv"], device="cpu", spec=H200, rounds=1, clock=SteadyClock())
+    assert [row.contender for row in found.rows] == ["eager", "dwconv"]
+    assert not found.missing
+    assert found.rows[1].note
+
+
+# ---- a suite in parts
+
+
+def written(path: Path, *cases: CaseResult, **others: Any) -> Path:
+    path.write_text(results.to_json(Report(dataclasses.replace(conditions(), **others), cases)), encoding="utf-8")
+    return path
+
+
+def suite_cases(suite: str, names: list[str]) -> list[CaseResult]:
+    return [case(name, problem) for name, problem in suites.select(suites.load_suite(suite), names, ["float16"])]
+
+
+def test_parts_are_merged_in_the_order_of_the_suite(tmp_path: Path) -> None:
+    whole = suite_cases("kernelbench", ["8"])
+    assert len(whole) == 10
+    parts = [written(tmp_path / f"{i}.json", *whole[i::3], command=f"dwconv bench --shard {i + 1}/3") for i in range(3)]
+    console = Console(file=io.StringIO(), width=140)
+    out, markdown = tmp_path / "all.json", tmp_path / "all.md"
+    assert merge([parts[2], parts[0], parts[1]], out, markdown, console) == 0
+    found = results.from_json(out.read_text(encoding="utf-8"))
+    assert found.cases == tuple(whole)
+    assert found.conditions.command.count("--shard") == 3
+    assert markdown.read_text(encoding="utf-8").startswith("# dwconv bench: kernelbench on NVIDIA H200\n")
+
+
+def test_a_case_measured_again_replaces_the_earlier_one(tmp_path: Path) -> None:
+    first, second = suite_cases("kernelbench", ["82"])
+    wrong = dataclasses.replace(second, rows=case("82", second.problem, share=2.0).rows)
+    parts = [written(tmp_path / "a.json", first, wrong), written(tmp_path / "b.json", second, commit="f" * 40)]
+    console = Console(file=io.StringIO(), width=140)
+    out = tmp_path / "all.json"
+    assert merge(parts, out, None, console) == 0
+    found = results.from_json(out.read_text(encoding="utf-8"))
+    assert found.cases == (first, second)
+    assert found.conditions.commit == "0123456789abcdef, " + "f" * 40
+    assert "(0123456789ab, ffffffffffff)" in report.condition_lines(found.conditions)[0]
+    assert merge(parts[::-1], out, None, console) == 1, "the wrong one is the last"
+
+
+def test_what_can_not_be_merged(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    one = written(tmp_path / "a.json", case())
+    with pytest.raises(DepthwiseError, match=r"different device .NVIDIA H200 and NVIDIA H100. can't be merged"):
+        merge([one, written(tmp_path / "b.json", case(), device="NVIDIA H100")], None, None, console)
+    with pytest.raises(DepthwiseError, match=r"c\.json can't be read"):
+        merge([one, tmp_path / "c.json"], None, None, console)
+
+
+def test_reports_of_the_first_version_can_be_read() -> None:
+    """They name neither layout of x nor epilogue, and other classes."""
+    content = json.loads(results.to_json(Report(conditions(), (case(),))))
+    del content["cases"][0]["problem"]["epilogue"]
+    content["cases"][0]["problem_class"] = "filters up to 25 taps, less than 64 MB"
+    assert results.from_json(json.dumps(content)) == Report(conditions(), (case(),))
 
 
 @pytest.mark.parametrize("direction", ["grad_input", "grad_weight"])
@@ -397,5 +499,7 @@ def test_run_refuses_bad_requests_before_it_looks_for_a_gpu() -> None:
     console = Console(file=io.StringIO())
     with pytest.raises(DepthwiseError, match="--rounds 0"):
         run(Settings("kernelbench", rounds=0), console, "")
+    with pytest.raises(DepthwiseError, match="--shard 4/3 is no part of the suite"):
+        run(Settings("kernelbench", shard=(4, 3)), console, "")
     with pytest.raises(DepthwiseError, match="timing needs a GPU"):
         run(Settings("kernelbench"), console, "")

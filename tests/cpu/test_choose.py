@@ -2,67 +2,86 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 
-import dwconv.bench
 from dwconv import DepthwiseError
+from dwconv.bench.suites import SUITES, load_suite, select
 from dwconv.choose import candidates, choose
 from dwconv.device import H200, PRESETS, preset
 from dwconv.plan import Plan, Rejection, fast_divisor
-from dwconv.problem import DepthwiseProblem
+from dwconv.problem import DTYPE_BYTES, DepthwiseProblem
 from dwconv.variants import REGISTRY
 from dwconv.variants.base import GRID_X_LIMIT, GRID_YZ_LIMIT
-from problems import EDGE_PROBLEMS, problem_id
+from problems import EDGE_PROBLEMS, LAYOUTS, every_kind, problem_id
 
-SUITES = Path(dwconv.bench.__file__).parent / "suites"
+KINDS = list(every_kind())
+DEVICES = list(PRESETS.values())
+PLAIN = ("one_per_thread", "tile16")
 
 
-@pytest.mark.parametrize("problem", EDGE_PROBLEMS, ids=problem_id)
+def assert_inside_the_limits(plan: Plan) -> None:
+    assert 1 <= plan.grid[0] <= GRID_X_LIMIT
+    assert all(1 <= size <= GRID_YZ_LIMIT for size in plan.grid[1:])
+    assert plan.block[0] * plan.block[1] * plan.block[2] <= 1024
+    assert all(0 <= field < 2**32 for field in plan.tiling)
+    assert 0 <= plan.shared_bytes <= plan.device.shared_bytes - 1024
+
+
+@pytest.mark.parametrize("number", range(len(KINDS)), ids=lambda number: problem_id(KINDS[number]))
+def test_every_problem_has_plans_inside_the_limits(number: int) -> None:
+    """On the H200, and on one of the other architectures in turn."""
+    problem = KINDS[number]
+    for device in (H200, DEVICES[number % len(DEVICES)]):
+        plan = choose(problem, device)
+        assert plan == choose(problem, device), "a pure function of its arguments"
+        assert plan.problem == problem
+        for candidate in candidates(problem, device):
+            if isinstance(candidate, Plan):
+                assert_inside_the_limits(candidate)
+
+
 @pytest.mark.parametrize("variant", REGISTRY)
-def test_every_problem_has_a_plan_inside_the_limits(problem: DepthwiseProblem, variant: str) -> None:
-    for device in PRESETS.values():
-        plan = choose(problem, device, variant)
-        assert plan == choose(problem, device, variant), "a pure function of its arguments"
-        assert plan.variant == variant
-        assert 1 <= plan.grid[0] <= GRID_X_LIMIT
-        assert all(1 <= size <= GRID_YZ_LIMIT for size in plan.grid[1:])
-        assert plan.block[0] * plan.block[1] <= 1024
-        assert all(0 <= field < 2**32 for field in plan.tiling)
+def test_every_variant_serves_what_it_names(variant: str) -> None:
+    """A problem of every dtype, layout and dimension, not necessarily of all their mixtures."""
+    plans = [candidates(problem, H200, variant)[0] for problem in KINDS]
+    served = [plan.problem.lifted(2) for plan in plans if isinstance(plan, Plan)]
+    assert {problem.dtype for problem in served} == set(REGISTRY[variant].dtypes)
+    assert {problem.layout for problem in served} == set(REGISTRY[variant].layouts)
+    assert {problem.dims for problem in served} == set(REGISTRY[variant].dims)
 
 
-@pytest.mark.parametrize("suite", ["kernelbench", "models"])
-def test_every_float32_case_of_the_suites_prefers_a_fast_variant(suite: str) -> None:
-    for case in json.loads((SUITES / f"{suite}.json").read_text())["cases"]:
-        if len(case["kernel_size"]) != 2:
-            continue
-        problem = DepthwiseProblem(
-            *case["input"][:2],
-            size=tuple(case["input"][2:]),
-            filter=tuple(case["kernel_size"]),
-            stride=tuple(case["stride"]),
-            padding=tuple((p, p) for p in case["padding"]),
-            dilation=tuple(case["dilation"]),
-            multiplier=case["multiplier"],
-            bias=case["bias"],
-        )
-        wide = problem.taps > 25 or problem.dilation[0] > 4
-        assert choose(problem, H200).variant == ("wide_nchw" if wide else "direct_nchw"), case["name"]
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_case_of_the_suites_prefers_a_fast_variant(suite: str) -> None:
+    for name, problem in select(load_suite(suite)):
+        assert choose(problem, H200).variant not in PLAIN, f"{name}: {problem}"
 
 
-@pytest.mark.parametrize("taps", [(3, 3), (5, 5), (3, 7), (7, 7)], ids=str)
+STREAMS = [
+    *(((3, 3), dtype, layout) for dtype in DTYPE_BYTES for layout in LAYOUTS),
+    *(((5, 5), dtype, layout) for dtype in ("float32", "float16") for layout in LAYOUTS),
+    *(((3, 7), "float32", layout) for layout in LAYOUTS),
+    *(((7, 7), dtype, layout) for dtype in ("float32", "float16") for layout in LAYOUTS),
+    *(((31, 31), "float16", layout) for layout in LAYOUTS),
+    *((taps, dtype, layout) for taps in ((4,), (31,)) for dtype in ("float32", "float16") for layout in LAYOUTS),
+    *(((3, 3, 3), dtype, layout) for dtype in ("float32", "float16") for layout in LAYOUTS),
+]
+
+
+@pytest.mark.parametrize(("taps", "dtype", "layout"), STREAMS, ids=str)
 @pytest.mark.parametrize("same", [True, False], ids=["same", "valid"])
-def test_a_hundred_image_sizes_compile_at_most_four_kernels(taps: tuple[int, int], same: bool) -> None:
+def test_a_hundred_image_sizes_compile_few_kernels(taps, dtype, layout, same: bool) -> None:
+    """At most four; for volumes more, whose rows stand in the source (docs/variants/volume_ncdhw.md)."""
     sizes = random.Random(0)
     padding = tuple((t // 2, t // 2) for t in taps) if same else ()
+    lowest, highest = {1: (200, 20_000), 2: (32, 640), 3: (8, 96)}[len(taps)]
     kernels = set()
     for _ in range(100):
-        size = (sizes.randint(32, 640), sizes.randint(32, 640))
-        kernels.add(choose(DepthwiseProblem(8, 32, size, taps, padding=padding), H200).kernel_id)
-    assert len(kernels) <= 4
+        size = tuple(sizes.randint(lowest, highest) for _ in taps)
+        problem = DepthwiseProblem(8, 32, size, taps, padding=padding, dtype=dtype, layout=layout)
+        kernels.add(choose(problem, H200).kernel_id)
+    assert len(kernels) <= (24 if len(taps) == 3 else 4)
 
 
 def test_fast_division_is_exact() -> None:
@@ -87,10 +106,12 @@ def test_rejections_say_why() -> None:
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        (DepthwiseProblem(1, 4, (64,), (3,)), "takes two spatial dimensions"),
-        (DepthwiseProblem(1, 4, (9, 9), (3, 3), dtype="float16"), "takes float32"),
-        (DepthwiseProblem(1, 4, (9, 9), (3, 3), layout="channels_last"), "takes channels_first"),
         (DepthwiseProblem(1, 4, (9, 9), (3, 3), direction="grad_weight"), "computes forward only"),
+        (DepthwiseProblem(1, 4, (9, 9), (3, 3), x_strides=(648, 162, 18, 2)), "neighbouring columns of x must be"),
+        (
+            DepthwiseProblem(1, 4, (9, 9), (3, 3), x_strides=(648, 2, 72, 8), layout="channels_last"),
+            "neighbouring channels of x must be",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -100,15 +121,17 @@ def test_problems_without_a_kernel_get_a_sentence(problem: DepthwiseProblem, rea
 
 
 def test_tensors_beyond_32_bits_have_plans() -> None:
-    for problem in (
-        DepthwiseProblem(1, 1, (70_000, 70_000), (3, 3)),
-        DepthwiseProblem(70_000, 70_000, (1, 1), (1, 1)),
-        DepthwiseProblem(1, 2, (3, 2**30), (3, 3), padding=((1, 1), (1, 1))),
-        DepthwiseProblem(1, 1, (1, 2**31 + 9), (3, 3), padding=((1, 1), (1, 1))),
-        DepthwiseProblem(1, 1, (2**31 - 1, 1), (1, 1)),
-    ):
-        plan = choose(problem, H200)
-        assert plan.grid[0] <= GRID_X_LIMIT
+    for layout in LAYOUTS:
+        for problem in (
+            DepthwiseProblem(1, 1, (70_000, 70_000), (3, 3), layout=layout),
+            DepthwiseProblem(70_000, 70_000, (1, 1), (1, 1), layout=layout, dtype="float16"),
+            DepthwiseProblem(1, 2, (3, 2**30), (3, 3), padding=((1, 1), (1, 1)), layout=layout),
+            DepthwiseProblem(1, 1, (1, 2**31 + 9), (3, 3), padding=((1, 1), (1, 1)), layout=layout),
+            DepthwiseProblem(1, 1, (2**31 - 1, 1), (1, 1), layout=layout),
+            DepthwiseProblem(1, 8, (2**31 + 9,), (4,), padding=((3, 0),), layout=layout, dtype="float16"),
+            DepthwiseProblem(1, 3, (2**20, 50, 60), (3, 3, 3), layout=layout, dtype="bfloat16"),
+        ):
+            assert_inside_the_limits(choose(problem, H200))
 
 
 def test_unknown_names() -> None:

@@ -19,6 +19,7 @@ from dwconv.bench import suites
 from dwconv.cli import main
 from dwconv.device import PRESETS
 from dwconv.errors import DepthwiseError
+from dwconv.problem import DTYPE_BYTES
 from dwconv.version import __version__
 
 EXPLAIN = ["explain", "--input", "16,64,512,512", "--kernel", "3"]
@@ -103,10 +104,32 @@ def test_explain_of_one_variant() -> None:
 
 
 def test_explain_of_a_problem_that_no_kernel_takes_gives_the_reasons() -> None:
-    code, text = dwconv("explain", "--input", "4,8,20,20", "--kernel", "3", "--dtype", "float64")
+    arguments = ("--input", "4,8,20,20", "--kernel", "3", "--layout", "channels_last", "--variant", "tile16")
+    code, text = dwconv("explain", *arguments)
     assert code == 0
-    assert "takes float32, not float64" in text
+    assert "takes channels_first memory, not channels_last" in text
     assert "No kernel takes this problem" in text
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("layout", suites.LAYOUTS)
+@pytest.mark.parametrize(("size", "taps"), [("300", "4"), ("20,24", "3"), ("6,14,14", "3,3,3")])
+def test_explain_of_every_dtype_layout_and_dimension(dtype: str, layout: str, size: str, taps: str) -> None:
+    content = explained("--input", f"4,16,{size}", "--kernel", taps, "--dtype", dtype, "--layout", layout)
+    assert (content["problem"]["dtype"], content["problem"]["layout"]) == (dtype, layout)
+    assert content["chosen"]["constants"]["CHANNELS_LAST"] == (layout == "channels_last")
+    assert content["resources"]["spill_bytes"] == 0
+
+
+def test_explain_of_an_epilogue() -> None:
+    arguments = ("--activation", "silu", "--scale", "--shift", "--residual", "--dtype", "bfloat16")
+    content = explained("--input", "4,8,20,20", "--kernel", "3", *arguments)
+    assert content["problem"]["epilogue"] == {"activation": "silu", "scale": True, "shift": True, "residual": True}
+    constants = content["chosen"]["constants"]
+    assert (constants["ACTIVATION"], constants["HAS_SCALE"], constants["HAS_RESIDUAL"]) == (3, 1, 1)
+    code, text = dwconv("explain", "--input", "4,8,20,20", "--kernel", "3", "--activation", "relu", "--residual")
+    assert code == 0
+    assert "filter 3×3, relu, residual" in text
 
 
 def test_explain_needs_no_torch() -> None:
@@ -138,9 +161,14 @@ def test_explain_needs_no_torch() -> None:
         (["explain", "--input", "1,2,8,8", "--kernel", "3", "--stride", "0"], "stride=(0, 0) is not possible"),
         (["explain", "--input", "1,2,8,8", "--kernel", "3", "--arch", "sm_60"], "arch='sm_60' is unknown"),
         (["explain", "--input", "1,2,8,8", "--kernel", "3", "--dtype", "int8"], "dtype='int8' is not a floating type"),
+        (["explain", "--input", "1,2,8,8", "--kernel", "3", "--activation", "elu"], "activation='elu' is unknown"),
         (["explain", "--input", "1,2,8,8", "--kernel", "3", "--variant", "fft"], "variant='fft' is unknown"),
         (["explain", "--input", "1,2,8,8", "--kernel", "3", "--multiplier", "1,2"], "must be one number"),
-        (["bench"], "one of the arguments --suite --host is required"),
+        (["bench"], "one of the arguments --suite --host --merge is required"),
+        (["bench", "--suite", "kernelbench", "--shard", "2"], "--shard 2 is not understood: give part and number"),
+        (["bench", "--suite", "kernelbench", "--shard", "a/b"], "--shard 'a,b' is not understood"),
+        (["bench", "--suite", "kernelbench", "--shard", "3/2"], "--shard 3/2 is no part of the suite"),
+        (["bench", "--merge", "nowhere.json"], "nowhere.json can't be read"),
         (["bench", "--suite", "kernelbench", "--case", "resnet"], "no case's name contains resnet"),
         (["bench", "--suite", "kernelbench", "--rounds", "0"], "--rounds 0 takes no samples"),
     ],

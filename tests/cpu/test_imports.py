@@ -123,4 +123,4 @@ def test_the_public_functions_leave_cuda_alone_until_called():
 
 def test_at_most_twelve_public_names():
     assert len(dwconv.__all__) <= 12
-    assert set(dwconv.__all__) <= set(dir(dwconv)) | {"Conv2d", "conv2d", "convert", "emulated"}
+    assert all(hasattr(dwconv, name) for name in dwconv.__all__)

@@ -1,62 +1,70 @@
-"""Problems that nobody thought of: hypothesis draws them, and a legal plan for each, and says how to repeat one."""
+"""Problems that nobody thought of: hypothesis draws them, and a legal plan for each, and says how to repeat one.
+
+Every kind of problem (what is compiled in) takes g++ half a second, so hundreds of problems share a few kinds. The
+kinds are other ones in every run: pytest's first lines say the seed, and `--hypothesis-seed` repeats it.
+"""
 
 from __future__ import annotations
 
 import math
+from random import Random
 
-from hypothesis import HealthCheck, assume, given, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dwconv import emulator, reference
 from dwconv.choose import candidates
-from dwconv.device import PRESETS
+from dwconv.device import H200, PRESETS
 from dwconv.plan import Plan
-from dwconv.problem import DepthwiseProblem
-from problems import make_inputs, make_output
+from problems import make_epilogue, make_inputs, make_output
+from random_problems import random_kind, random_place, random_problem
 
-MOST_OUTPUTS = 20_000
-
-
-@st.composite
-def problems(draw):
-    def pair(lowest, highest):
-        return draw(st.tuples(st.integers(lowest, highest), st.integers(lowest, highest)))
-
-    size = (draw(st.integers(1, 20)), draw(st.integers(1, 80)))
-    filter = pair(1, 7)
-    dilation = pair(1, 3)
-    padding = (pair(0, 9), pair(0, 9))
-    spans = [d * (taps - 1) + 1 for d, taps in zip(dilation, filter, strict=True)]
-    assume(all(s <= n + sum(pad) for s, n, pad in zip(spans, size, padding, strict=True)))
-    batch, channels = draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    gaps = draw(st.sampled_from([(0, 0), (1, 0), (4, 1), (8, 3)]))  # columns and rows that x's memory has besides x
-    height, width = size[0] + gaps[1], size[1] + gaps[0]
-    problem = DepthwiseProblem(
-        batch=batch,
-        channels=channels,
-        size=size,
-        filter=filter,
-        stride=pair(1, 3),
-        padding=padding,
-        dilation=dilation,
-        multiplier=draw(st.integers(1, 3)),
-        bias=draw(st.booleans()),
-        x_strides=(channels * height * width, height * width, width, 1) if any(gaps) else (),
-        aligned=draw(st.sampled_from([4, 8, 16])),
-    )
-    assume(math.prod(problem.y_shape) <= MOST_OUTPUTS)
-    return problem
+KINDS = 16
+QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+randoms = st.integers(0, 2**32 - 1).map(Random)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@given(problem=problems(), device=st.sampled_from(list(PRESETS.values())), drawn=st.data())
-def test_any_legal_plan_is_within_rounding(problem, device, drawn):
-    plans = [plan for plan in candidates(problem, device) if isinstance(plan, Plan)]
-    plan = drawn.draw(st.sampled_from(plans), label="plan")
-    inputs = make_inputs(problem)
-    inputs[0][0, 0, problem.size[0] // 2, problem.size[1] // 2] = math.inf
+def check(plan, random):
+    """Runs a plan with one value in x that is not finite, and compares."""
+    problem = plan.problem
+    inputs, beside = make_inputs(problem), make_epilogue(problem)
+    inputs[0][random_place(random, problem)] = random.choice((math.inf, -math.inf, math.nan))
     output = make_output(problem)
-    emulator.run(plan, *inputs, output.y, order_seed=drawn.draw(st.sampled_from([None, 1]), label="order_seed"))
+    emulator.run(plan, *inputs, output.y, **beside, order_seed=random.choice((None, 1)))
     assert output.guards_are_intact(), "the kernel wrote outside of y"
-    wrong = reference.describe_mismatch(output.y, *reference.forward(*inputs, problem))
-    assert wrong is None, wrong
+    wrong = reference.describe_mismatch(output.y, *reference.forward(*inputs, problem, **beside))
+    assert wrong is None, f"{plan.variant} ({plan.tile}): {wrong}"
+
+
+def plans_of(problem, device, variant=None):
+    return [plan for plan in candidates(problem, device, variant) if isinstance(plan, Plan)]
+
+
+@settings(max_examples=24, deadline=None, suppress_health_check=QUIET)
+@given(random=randoms, device=st.sampled_from(list(PRESETS.values())))
+def test_any_legal_plan_is_within_rounding(random, device):
+    """Any kind, any tile of any variant, for any architecture."""
+    check(random.choice(plans_of(random_problem(random, random_kind(random)), device)), random)
+
+
+@pytest.fixture(scope="module")
+def kinds(pytestconfig):
+    """Kinds of this run, each with a variant that takes it."""
+    random = Random(pytestconfig.getoption("hypothesis_seed"))
+    found = []
+    while len(found) < KINDS:
+        kind = random_kind(random)
+        plans = plans_of(random_problem(random, kind), H200)
+        found.append((kind, random.choice(sorted({plan.variant for plan in plans}))))
+    return found
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
+@given(number=st.integers(0, KINDS - 1), random=randoms)
+def test_hundreds_of_problems_are_within_rounding(kinds, number, random):
+    """Any sizes, strides of x and alignment, by the best plan of one variant; by the best of all where it has none."""
+    kind, variant = kinds[number]
+    problem = random_problem(random, kind)
+    plans = plans_of(problem, H200, variant) or plans_of(problem, H200, "one_per_thread")
+    check(plans[0], random)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dwconv import reference
-from dwconv.problem import DepthwiseProblem
+from dwconv.problem import ACTIVATIONS, DepthwiseProblem, Epilogue
 from problems import EDGE_PROBLEMS, make_inputs, problem_id, with_dtype
 
 P = DepthwiseProblem
@@ -97,14 +98,131 @@ def test_bound_admits_one_rounding_to_sixteen_bits(dtype):
     assert reference.mismatch(y * (1 + 2 * torch.finfo(y.dtype).eps), exact, bound).float().mean() > 0.9
 
 
-def test_accumulation_in_float16_breaks_the_bound():
-    problem = P(1, 4, (32, 32), (7, 7), dtype="float16")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("problem", [P(2, 8, (200,), (31,)), P(1, 4, (32, 32), (7, 7)), P(1, 2, (9, 9, 9), (3, 3, 3))])
+def test_accumulation_in_sixteen_bits_breaks_the_bound(problem, dtype):
+    problem = with_dtype(problem, dtype)
     x, weight, _ = make_inputs(problem)
-    exact, bound = reference.forward(x, weight, None, problem)
-    y = torch.zeros(problem.y_shape, dtype=torch.float16)
-    for u, v in itertools.product(range(7), range(7)):
-        y += x[:, :, u : u + 26, v : v + 26] * weight[:, 0, u, v].view(1, -1, 1, 1)
-    assert reference.mismatch(y, exact, bound).float().mean() > 0.5
+    y = sum_of_terms(x, weight, problem)
+    assert reference.mismatch(y, *reference.forward(x, weight, None, problem)).float().mean() > 0.5
+    y = sum_of_terms(x.float(), weight.float(), problem).to(x.dtype)
+    assert not reference.mismatch(y, *reference.forward(x, weight, None, problem)).any()
+
+
+def sum_of_terms(x, weight, problem):
+    """A convolution of stride 1 without padding, summed tap by tap in the dtype of the tensors."""
+    y = torch.zeros(problem.y_shape, dtype=x.dtype)
+    for tap in itertools.product(*map(range, problem.filter)):
+        window = [slice(u, u + size) for u, size in zip(tap, problem.out_size, strict=True)]
+        y += x[(..., *window)] * weight[(slice(None), 0, *tap)].view(-1, *(1,) * problem.dims)
+    return y
+
+
+FORMULAS = {  # of one number, in the words of PyTorch's documentation
+    None: lambda v: v,
+    "relu": lambda v: max(v, 0.0),
+    "relu6": lambda v: min(max(v, 0.0), 6.0),
+    "silu": lambda v: v / (1 + math.exp(-v)),
+    "gelu": lambda v: v * 0.5 * (1 + math.erf(v / math.sqrt(2))),
+    "gelu_tanh": lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    "hardswish": lambda v: v * min(max(v + 3, 0.0), 6.0) / 6,
+    "sigmoid": lambda v: 1 / (1 + math.exp(-v)),
+    "leaky_relu": lambda v: v if v > 0 else 0.01 * v,
+}
+IN_TORCH = {
+    None: lambda v: v,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    **{name: getattr(F, name) for name in ("relu", "relu6", "silu", "gelu", "hardswish", "sigmoid", "leaky_relu")},
+}
+
+
+def with_epilogue(dtype, activation, spread=3.0):
+    """A problem with everything after its sum, and its tensors: x, weight, bias, scale, shift, residual."""
+    epilogue = Epilogue(activation, scale=True, shift=True, residual=True)
+    problem = P(2, 6, (20, 20), (3, 3), multiplier=2, bias=True, dtype=dtype, epilogue=epilogue)
+    random = torch.Generator().manual_seed(1)
+    beside = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((12,), (12,), problem.y_shape)]
+    x, *others = make_inputs(problem)
+    return problem, (x * spread, *others, *(tensor.to(x.dtype) for tensor in beside))
+
+
+def in_the_arithmetic_of(dtype, problem, tensors, rounded_before=False):
+    """The result by PyTorch's operations in a dtype, rounded at the end; or already before the epilogue."""
+    x, weight, bias, scale, shift, residual = (tensor.to(dtype) for tensor in tensors)
+    total = F.conv2d(x, weight, bias, groups=problem.channels)
+    if rounded_before:
+        total = total.to(tensors[0].dtype).to(dtype)
+    y = IN_TORCH[problem.epilogue.activation](total) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1) + residual
+    return y.to(tensors[0].dtype)
+
+
+def test_every_activation_has_a_bound():
+    assert set(reference.ACTIVATIONS) == set(ACTIVATIONS) == set(FORMULAS) - {None}
+    v = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    for name, activation in reference.ACTIVATIONS.items():
+        exact = activation.exact(v)
+        expected = torch.tensor([FORMULAS[name](float(u)) for u in v[::1000]], dtype=torch.float64)
+        assert torch.allclose(exact[::1000], expected, rtol=1e-9, atol=1e-12)
+        steepest = float((exact.diff() / v.diff()).abs().max())
+        assert steepest <= activation.slope * (1 + 1e-9)
+        assert activation.slope < 1.05 * steepest, "the slope is no larger than it must be"
+
+
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_epilogue_is_the_definition(activation):
+    problem, tensors = with_epilogue("float64", activation)
+    x, weight, bias, scale, shift, residual = tensors
+    total, _ = by_loops(x[:1, :2], weight[:4], bias[:4], replace(problem, batch=1, channels=2))
+    expected = torch.tensor([FORMULAS[activation](float(v)) for v in total.flatten()], dtype=torch.float64)
+    expected = expected.view_as(total) * scale[:4].view(-1, 1, 1) + shift[:4].view(-1, 1, 1) + residual[:1, :4]
+    exact, _ = reference.forward(x, weight, bias, problem, scale, shift, residual)
+    assert torch.allclose(exact[:1, :4], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", FORMULAS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_bound_of_an_epilogue(dtype, activation):
+    """It admits every operation in float32 and one rounding at the end, but none before the epilogue."""
+    for spread in (1.0, 30.0):
+        problem, tensors = with_epilogue(dtype, activation, spread)
+        exact, bound = reference.forward(*tensors[:3], problem, *tensors[3:])
+        y = in_the_arithmetic_of(torch.float64 if dtype == "float64" else torch.float32, problem, tensors)
+        assert reference.describe_mismatch(y, exact, bound) is None
+        if dtype in ("float16", "bfloat16"):
+            assert reference.mismatch(y * (1 + 2 * torch.finfo(y.dtype).eps), exact, bound).float().mean() > 0.9
+    if dtype in ("float16", "bfloat16") and activation not in ("relu6", "sigmoid"):
+        y = in_the_arithmetic_of(torch.float32, problem, tensors, rounded_before=True)
+        assert reference.mismatch(y, exact, bound).float().mean() > 0.02
+
+
+@pytest.mark.parametrize("other", [("gelu", "gelu_tanh"), ("silu", "hardswish"), ("relu", "leaky_relu")], ids="-".join)
+def test_bound_tells_activations_apart(other):
+    problem, tensors = with_epilogue("float32", other[0])
+    exact, bound = reference.forward(*tensors[:3], problem, *tensors[3:])
+    problem = replace(problem, epilogue=replace(problem.epilogue, activation=other[1]))
+    assert reference.mismatch(in_the_arithmetic_of(torch.float32, problem, tensors), exact, bound).float().mean() > 0.2
+
+
+INF, NAN = math.inf, math.nan
+NOT_FINITE = {  # of inf, -inf, nan
+    "relu": (INF, 0.0, NAN),
+    "relu6": (6.0, 0.0, NAN),
+    "silu": (INF, NAN, NAN),
+    "gelu": (INF, NAN, NAN),
+    "gelu_tanh": (INF, NAN, NAN),
+    "hardswish": (INF, NAN, NAN),
+    "sigmoid": (1.0, 0.0, NAN),
+    "leaky_relu": (INF, -INF, NAN),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_what_is_not_finite(activation):
+    problem = P(1, 1, (3,), (1,), epilogue=Epilogue(activation))
+    x = torch.tensor([[[INF, -INF, NAN]]])
+    exact, bound = reference.forward(x, torch.ones(1, 1, 1), None, problem)
+    assert torch.equal(exact.flatten().nan_to_num(7), torch.tensor(NOT_FINITE[activation]).double().nan_to_num(7))
+    assert (bound[exact.isfinite()] < 1e-5).all(), "a finite result of an infinite sum is as exact as any"
 
 
 def test_bound_rejects_a_wrong_tap():

@@ -1,4 +1,4 @@
-"""The edge tests again, under AddressSanitizer and UBSan, in processes of their own; and proof that these do notice."""
+"""Edge tests again, under AddressSanitizer and UBSan, in processes of their own; and proof that these do notice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_edge_test_passes_under_the_sanitizers():
+def test_edge_tests_pass_under_the_sanitizers():
     # -s: the sanitizers write their report and end the process, which would lose what pytest has captured
     result = sanitized("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", str(TESTS / "cpu" / "test_edges.py"))
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]

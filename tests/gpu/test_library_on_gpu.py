@@ -1,13 +1,27 @@
-"""dwconv.conv2d on the GPU: streams, graphs, huge tensors, gradients, compilation, few kernels for many sizes."""
+"""The functions on the GPU: numbers and memory formats beside PyTorch, hidden copies, streams, graphs, huge tensors."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import dwconv
-from dwconv import DepthwiseError, compile, launch
+from convolutions import CONVERTED, COPIED, DTYPES, FUNCTIONS, LAYOUTS, VIEWS, Call, random_call
+from dwconv import DepthwiseError, compile, launch, ops, reference
+from dwconv.choose import choose
+from dwconv.problem import ACTIVATIONS, dense_strides
+from dwconv.tensors import in_layout
+from problems import make_epilogue, make_inputs, make_output
+from random_problems import random_kind, random_place, random_problem
+from torch_samples import depthwise_samples
+
+TORCH = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+KINDS = 100  # of random problems, each compiled once
 
 needs_20_gb = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40 * 2**30,
@@ -39,11 +53,146 @@ def test_same_as_torch_and_faster_paths_agree():
     assert dwconv.conv2d(x[:0], weight).shape == (0, 6, 38, 48)
 
 
-def test_tf32_changes_nothing():
-    x, weight = tensors(2, 6, 40, 50)
-    exact = dwconv.conv2d(x, weight)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_tf32_changes_nothing(dims, layout):
+    call = random_call((2, 8, 6, 20, 30)[: 2 + dims], (3, 3, 3)[:dims], layout=layout, device="cuda")
+    exact = call()
     torch.backends.cudnn.allow_tf32 = True
-    assert torch.equal(dwconv.conv2d(x, weight), exact)
+    assert torch.equal(call(), exact)
+
+
+WINDOWS = {"stride": (2, 1, 1), "padding": ((2, 1), (0, 3), (1, 1)), "dilation": (1, 2, 1)}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_layout_and_dimension_is_within_rounding(dtype, dims):
+    """In both layouts, which agree within the bound; plain and strided windows, without a bias and with one."""
+    uneven = {name: value[:dims] for name, value in WINDOWS.items()}
+    for windows, multiplier in (({"padding": "same"}, 1), (uneven, 2)):
+        results = []
+        for layout in LAYOUTS:
+            call = random_call(
+                (3, 24, *(12, 17, 40)[:dims]), (3, 3, 3)[:dims], dtype=dtype, layout=layout, device="cuda",
+                multiplier=multiplier, bias=multiplier > 1, **windows,
+            )  # fmt: skip
+            y = call()
+            assert call.wrong(y) is None, (layout, windows, call.wrong(y))
+            results.append(y.double().cpu())
+            if windows == {"padding": "same"} and dims > 1:
+                expected = TORCH[dims](call.x, call.weight, padding="same", groups=24)
+                assert y.stride() == expected.stride(), layout
+        _, bound = call.exact()
+        assert ((results[0] - results[1]).abs() <= 2 * bound).all()
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_epilogue(activation):
+    for dtype, layout in (("float32", "channels_first"), ("float16", "channels_last"), ("float64", "channels_first")):
+        call = random_call(
+            (2, 16, 20, 24), (3, 3), multiplier=2, bias=True, padding=1, dtype=dtype, layout=layout, device="cuda",
+            activation=activation, scale=True, shift=True, residual=True,
+        )  # fmt: skip
+        call.x[0] *= 30  # far out, where exp and erfc overflow or vanish
+        for column, value in enumerate((math.inf, -math.inf, math.nan)):
+            call.x[1, column, 9, 8 * column] = value
+        assert call.wrong(call()) is None, (dtype, layout, call.wrong(call()))
+        other = call.arguments["residual"].contiguous().to(memory_format=torch.channels_last)
+        if layout == "channels_last":
+            other = other.contiguous()
+        assert torch.equal(
+            replace(call, arguments=call.arguments | {"residual": other})().nan_to_num(7), call().nan_to_num(7)
+        )
+        one = replace(call, x=call.x[0], arguments=call.arguments | {"residual": call.arguments["residual"][0]})
+        assert torch.equal(one(), call()[0])
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The addresses that kernels were launched with."""
+    seen = []
+    real = ops._launcher_of
+
+    def launcher_of(problem, index):
+        launch_now = real(problem, index)
+
+        def launch_and_tell(*addresses):
+            seen.append(addresses)
+            launch_now(*addresses)
+
+        return launch_and_tell
+
+    monkeypatch.setattr(ops, "_launcher_of", launcher_of)
+    ops._prepared.clear()
+    yield seen
+    ops._prepared.clear()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", [*VIEWS, *COPIED])
+def test_views_are_read_as_they_lie_and_formats_are_torchs(name, dtype, launched):
+    torch.manual_seed(0)
+    x = (VIEWS | COPIED)[name](torch.randn(2, 6, 12, 14, device="cuda").to(getattr(torch, dtype)))
+    call = replace(random_call((1, x.shape[1], 3, 3), (3, 3), dtype=dtype, padding=1, device="cuda"), x=x)
+    y = call()
+    assert call.wrong(y) is None, call.wrong(y)
+    assert y.stride() == F.conv2d(x, call.weight, padding=1, groups=x.shape[1]).stride()
+    (seen_x, _, _, seen_y), = launched  # fmt: skip
+    assert (seen_x == x.data_ptr()) == (name in VIEWS), "no copy but the documented ones"
+    if dtype != "float64":  # whose results are always contiguous, as PyTorch's
+        assert (seen_y != y.data_ptr()) == (name in CONVERTED)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    again = call()
+    peak = torch.cuda.max_memory_allocated() - before
+    if name in VIEWS and seen_y == y.data_ptr():
+        assert peak <= again.nbytes + 512, "the result is all that is allocated"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_channels_last_weight_makes_the_result_channels_last(dims, dtype):
+    call = random_call((2, 8, 5, 6, 7)[: 2 + dims], (3, 2, 3)[:dims], dtype=dtype, padding=1, device="cuda")
+    last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    call = replace(call, weight=call.weight.to(memory_format=last))
+    for x in (call.x, call.x.to(memory_format=last), call.x[:0]):
+        call = replace(call, x=x)
+        y = call()
+        assert y.stride() == TORCH[dims](x, call.weight, padding=1, groups=8).stride()
+        if x.shape[0]:
+            assert call.wrong(y) is None, call.wrong(y)
+
+
+def test_hundreds_of_random_problems():
+    """The plan that a user gets, between guard zones, with one value in x that is not finite."""
+    seed = Random().randrange(2**32)
+    random = Random(seed)
+    problems = [random_problem(random, kind) for kind in [random_kind(random) for _ in range(KINDS)] for _ in range(5)]
+    plans = [choose(problem, launch.device_spec(0)) for problem in problems]
+    for plan, compiled in zip(plans, compile.compile_many(plans), strict=True):
+        problem, whose = plan.problem, f"Random({seed}): {plan.problem}, {plan.variant} ({plan.tile})"
+        inputs = make_inputs(problem, margin=32, device="cuda")
+        beside = make_epilogue(problem, margin=32, device="cuda")
+        inputs[0][random_place(random, problem)] = random.choice((math.inf, -math.inf, math.nan))
+        output = make_output(problem, device="cuda")
+        launch.launch(plan, compiled, *inputs, output.y, **beside)
+        wrong = reference.describe_mismatch(output.y, *reference.forward(*inputs, problem, **beside))
+        assert wrong is None, f"{whose}: {wrong}"
+        assert output.guards_are_intact(), f"{whose}: wrote outside of y"
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths")
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "layout"), list(zip(DTYPES, LAYOUTS[::-1] * 2, strict=True)))
+def test_pytorchs_samples(dims, dtype, layout):
+    for x, weight, bias, arguments in depthwise_samples(dims, getattr(torch, dtype), "cuda"):
+        batched = x.dim() == dims + 2
+        images = in_layout(x if batched else x.unsqueeze(0), layout)
+        y = Call(images if batched else images[0], weight, bias, arguments)()
+        wrong = Call(images, weight, bias, arguments).wrong(y if batched else y.unsqueeze(0))
+        assert wrong is None, (x.shape, weight.shape, arguments, wrong)
 
 
 def test_runs_on_the_current_stream():
@@ -111,21 +260,60 @@ def test_more_than_2_to_the_31_elements(shape):
     torch.cuda.empty_cache()
 
 
-def test_gradients():
-    x, weight = tensors(2, 6, 33, 40)
-    ours = [t.clone().requires_grad_() for t in (x, weight)]
-    theirs = [t.clone().requires_grad_() for t in (x, weight)]
-    dwconv.conv2d(*ours, padding=1, stride=2).square().sum().backward()
-    F.conv2d(*theirs, padding=1, stride=2, groups=6).square().sum().backward()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+@needs_20_gb
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_than_2_to_the_31_elements_in_sixteen_bits(dims, layout):
+    size = {1: (2**26 + 3,), 2: (8195, 8200), 3: (130, 512, 1032)}[dims]
+    shape = (1, 32, *size)
+    if math.prod(shape) * 6 > torch.cuda.mem_get_info()[0]:
+        pytest.skip("not enough free memory")
+    x = torch.empty_strided(shape, dense_strides(shape, layout), dtype=torch.float16, device="cuda")
+    x.uniform_(-1, 1)
+    weight = torch.randn(32, 1, *(3,) * dims, dtype=torch.float16, device="cuda")
+    y = FUNCTIONS[dims](x, weight)
+    for end in (slice(None, 12), slice(-12, None)):
+        corner = Call(x[(slice(None), slice(30, 32), *(end,) * dims)].contiguous(), weight[30:])
+        got = y[(slice(None), slice(30, 32), *(slice(None, 10) if end.start is None else slice(-10, None),) * dims)]
+        assert corner.wrong(got) is None, corner.wrong(got)
+    del x, y
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_gradients(dims, layout):
+    """In every dtype, beside float64 by PyTorch; with an epilogue too."""
+    for dtype in DTYPES:
+        for beside in ({}, {"activation": "silu", "scale": True, "shift": True, "residual": True}):
+            call = random_call(
+                (2, 8, *(6, 9, 12)[:dims]), (3, 2, 3)[:dims], bias=True, dtype=dtype, layout=layout, device="cuda",
+                padding=((2, 0), (1, 1), (0, 1))[:dims], **beside,
+            )  # fmt: skip
+            named = {name: value for name, value in call.arguments.items() if isinstance(value, torch.Tensor)}
+            ours = [call.x, call.weight, call.bias, *named.values()]
+            exact = [t.detach().double().cpu().requires_grad_() for t in ours]
+            theirs = Call(*exact[:3], call.arguments | dict(zip(named, exact[3:], strict=True)))
+            plain = call()
+            for leaf in ours:
+                leaf.requires_grad_()
+            y = call()
+            assert torch.equal(y, plain), "recording gradients changes no bit"
+            y.square().sum().backward()
+            theirs().square().sum().backward()
+            for a, b in zip(ours, exact, strict=True):
+                error = (a.grad.double().cpu() - b.grad).norm() / b.grad.norm()
+                assert error < 16 * torch.finfo(a.dtype).eps, (dtype, beside, a.shape, error)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile():
     x, weight = tensors(2, 6, 33, 40)
-    compiled = torch.compile(lambda t: F.relu(dwconv.conv2d(t, weight, padding=1)), fullgraph=True)
-    torch.testing.assert_close(compiled(x), F.relu(F.conv2d(x, weight, padding=1, groups=6)))
+    compiled = torch.compile(lambda t: 2 * dwconv.conv2d(t, weight, padding=1, activation="relu"), fullgraph=True)
+    for t in (x, x.to(memory_format=torch.channels_last)):
+        expected = 2 * F.relu(F.conv2d(t, weight, padding=1, groups=6))
+        torch.testing.assert_close(compiled(t), expected)
+        assert compiled(t).stride() == expected.stride()
 
 
 def test_every_way_into_the_operator_agrees():
@@ -141,7 +329,8 @@ def test_every_way_into_the_operator_agrees():
 
     x, weight = tensors(2, 6, 20, 24)
     expected = dwconv.conv2d(x, weight, padding=1)
-    assert torch.equal(torch.ops.dwconv.conv2d(x, weight, None, 1, 1, 1, 1, 1, 1, 1, 1), expected)
+    windows = ([1, 1], [1, 1, 1, 1], [1, 1])
+    assert torch.equal(torch.ops.dwconv.convolution(x, weight, None, None, None, None, *windows, None), expected)
     with Passing():
         assert torch.equal(dwconv.conv2d(x, weight, padding=[1, 1]), expected)
     assert Passing.calls == 1, "modes see the operator"
@@ -162,12 +351,11 @@ def test_a_stream_of_sizes_compiles_few_kernels(padding):
     assert len(compile._kernels) - before <= 4
 
 
-def test_other_dtypes_and_layouts_go_to_torch():
+def test_autocast_goes_to_torch():
     x, weight = tensors(2, 6, 20, 24)
-    half = dwconv.conv2d(x.half(), weight.half())
-    assert torch.equal(half, F.conv2d(x.half(), weight.half(), groups=6))
-    last = x.to(memory_format=torch.channels_last)
-    assert dwconv.conv2d(last, weight).stride() == F.conv2d(last, weight, groups=6).stride()
+    with torch.autocast("cuda", torch.float16):
+        y = dwconv.conv2d(x, weight, activation="relu")
+        assert torch.equal(y, F.relu(F.conv2d(x, weight, groups=6)))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -17,9 +17,8 @@ from ..launch import launcher
 from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
 from ..variants import REGISTRY
-from .results import EAGER, OURS, Missing
+from .results import COMPILE, EAGER, OURS, Missing
 
-COMPILE = "compile"
 CONTENDERS = (EAGER, COMPILE, OURS, *REGISTRY)
 
 _CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {
@@ -129,16 +128,17 @@ def _compiled(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch
     return lambda: convolution(tensors.x, tensors.weight, tensors.bias)
 
 
-def _ours(problem: DepthwiseProblem, tensors: Tensors, device: DeviceSpec) -> Callable[[], torch.Tensor]:
+def _ours(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch.Tensor]:
     if problem.direction != "forward":
-        raise DepthwiseError(f"dwconv.conv2d computes forward; {problem.direction} has no function of its own")
-    _plan(problem, device)  # where no kernel takes the problem, conv2d would be eager by another name
-    from ..functional import conv2d
+        raise DepthwiseError(f"dwconv computes forward; {problem.direction} has no function of its own")
+    from .. import functional as ours
 
-    return lambda: conv2d(tensors.x, tensors.weight, tensors.bias, problem.stride, problem.padding, problem.dilation)
+    convolution = {1: ours.conv1d, 2: ours.conv2d, 3: ours.conv3d}[problem.dims]
+    sizes = (problem.stride, problem.padding, problem.dilation)
+    return lambda: convolution(tensors.x, tensors.weight, tensors.bias, *sizes)
 
 
-def _plan(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = None) -> Plan:
+def best_plan(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = None) -> Plan:
     """The plan with the least predicted time; the reasons, if there is none, don't name the problem's sizes."""
     found = candidates(problem, device, variant)
     if found and isinstance(found[0], Plan):
@@ -149,7 +149,8 @@ def _plan(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = N
     raise DepthwiseError("; ".join(reasons))
 
 
-def _variant(plan: Plan, tensors: Tensors, y: torch.Tensor) -> Contender:
+def variant_contender(plan: Plan, tensors: Tensors, y: torch.Tensor) -> Contender:
+    """A plan by itself, which writes into y."""
     launch_now = launcher(plan, compile_plan(plan), y.device.index)
     bias = 0 if tensors.bias is None else tensors.bias.data_ptr()
     addresses = (tensors.x.data_ptr(), tensors.weight.data_ptr(), bias, y.data_ptr())
@@ -179,13 +180,14 @@ def contenders(
             elif name == COMPILE:
                 yield Contender(COMPILE, _compiled(problem, tensors))
             elif name == OURS:
-                yield Contender(OURS, _ours(problem, tensors, device))
+                run = _ours(problem, tensors)
+                yield Contender(OURS, run, f"{(plan := best_plan(problem, device)).variant}: {plan.tile}")
             elif name in REGISTRY:
-                plan = _plan(problem, device, name)
+                plan = best_plan(problem, device, name)
                 if y is None:
                     empty = torch.empty(_result_shape(problem), dtype=tensors.x.dtype, device=tensors.x.device)
                     y = in_layout(empty, problem.layout)
-                yield _variant(plan, tensors, y)
+                yield variant_contender(plan, tensors, y)
             else:
                 raise DepthwiseError(f"contender={name!r} is unknown: use some of {', '.join(CONTENDERS)}")
         except DepthwiseError as error:

@@ -12,9 +12,13 @@ from rich.text import Text
 from .results import CaseResult, Conditions, Report, Row
 
 NOISY_SPREAD = 0.05
-_NUMBER_COLUMNS = frozenset({"attainment", "× eager", "× copy", "time", "spread", "error/bound", "least", "cases"})
-CASE_COLUMNS = ("case", "contender", "attainment", "× eager", "× copy", "time", "spread", "error/bound")
-MEAN_COLUMNS = ("class", "contender", "attainment", "least", "× eager", "cases")
+CASE_COLUMNS = ("case", "contender", "attainment", "× eager", "× fastest", "× copy", "time", "spread", "error/bound")
+MEAN_COLUMNS = (
+    "class", "contender", "cases", "attainment", "least", "target", "below", "× eager", "× fastest", "slower",
+)  # fmt: skip
+SHORT_COLUMNS = ("case", "class", "attainment", "target", "× fastest", "tile")
+_TEXT_COLUMNS = frozenset({"case", "contender", "class", "tile"})
+NONE = "–"
 
 
 def duration(seconds: float) -> str:
@@ -42,7 +46,8 @@ def amount(number: float, unit: str) -> str:
 
 def condition_lines(conditions: Conditions) -> tuple[str, ...]:
     """The conditions of a run in three lines."""
-    commit = f" ({conditions.commit[:12]})" if conditions.commit else ""
+    commits = ", ".join(commit[:12] for commit in conditions.commit.split(", "))
+    commit = f" ({commits})" if commits else ""
     return (
         (
             f"{conditions.device}, driver {conditions.driver}, torch {conditions.torch} (CUDA {conditions.cuda}), "
@@ -65,30 +70,51 @@ def case_line(case: CaseResult) -> str:
     )
 
 
-def case_cells(row: Row) -> tuple[str, ...]:
+def _two(ratio: float | None) -> str:
+    return NONE if ratio is None else f"{ratio:.2f}"
+
+
+def case_cells(case: CaseResult, row: Row) -> tuple[str, ...]:
     """The cells of CASE_COLUMNS after the first."""
     return (
         row.contender,
         f"{row.attainment:.3f}",
-        "" if row.over_eager is None else f"{row.over_eager:.2f}",
+        _two(row.over_eager),
+        _two(case.over_fastest(row)),
         f"{row.over_copy:.3f}",
         duration(row.timing.median),
         f"{row.timing.spread:.1%}",
-        "" if row.error_share is None else f"{row.error_share:.2f}",
+        _two(row.error_share),
     )
 
 
 def mean_rows(report: Report) -> Iterator[tuple[str, ...]]:
     """The cells of MEAN_COLUMNS."""
     for mean in report.means():
-        eager = "" if mean.over_eager is None else f"{mean.over_eager:.2f}"
         yield (
             mean.problem_class,
             mean.contender,
+            str(mean.cases),
             f"{mean.attainment:.3f}",
             f"{mean.least_attainment:.3f}",
-            eager,
-            str(mean.cases),
+            _two(mean.target),
+            str(mean.below),
+            _two(mean.over_eager),
+            _two(mean.over_fastest),
+            NONE if mean.over_fastest is None else str(mean.slower),
+        )
+
+
+def short_rows(report: Report) -> Iterator[tuple[str, ...]]:
+    """The cells of SHORT_COLUMNS: every case where dwconv misses its target or is slower than PyTorch."""
+    for case, row in report.short:
+        yield (
+            f"{case.name}, {_short(case)}",
+            case.problem_class,
+            f"{row.attainment:.3f}",
+            _two(case.target),
+            _two(case.over_fastest(row)),
+            row.note,
         )
 
 
@@ -115,18 +141,21 @@ def terminal(report: Report) -> RenderableType:
     """The report as rich renders it."""
     cases = _table(CASE_COLUMNS)
     for case in report.cases:
-        cases.add_row(Text(case.name, style="bold"), Text("copy", style="dim"), "", "", "", *_copy_cells(case), "")
+        cases.add_row(Text(case.name, style="bold"), Text("copy", style="dim"), *[""] * 4, *_copy_cells(case), "")
         for number, row in enumerate(case.rows):
             style = "red" if not row.within_bound else "green" if row.contender == "dwconv" else ""
             label = _short(case) if number == 0 else ""
-            cases.add_row(Text(label, style="dim"), *(Text(cell, style=style) for cell in case_cells(row)))
+            cases.add_row(Text(label, style="dim"), *(Text(cell, style=style) for cell in case_cells(case, row)))
         cases.add_section()
-    means = _table(MEAN_COLUMNS, title="geometric means")
+    means = _table(MEAN_COLUMNS, title="geometric means by class")
     for cells in mean_rows(report):
         means.add_row(*map(escape, cells))
+    short = _table(SHORT_COLUMNS, title="below the target, or slower than eager or torch.compile")
+    for cells in short_rows(report):
+        short.add_row(*map(escape, cells))
     lines = [Text(line, style="dim") for line in condition_lines(report.conditions)]
     notes = [Text(line, style="bold red" if line.startswith("WRONG") else "yellow") for line in remarks(report)]
-    return Group(*lines, cases, means, *notes)
+    return Group(*lines, cases, *([short] if report.short else []), means, *notes)
 
 
 def _copy_cells(case: CaseResult) -> tuple[Text, Text]:
@@ -142,7 +171,8 @@ def _short(case: CaseResult) -> str:
 def _table(columns: tuple[str, ...], title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in _NUMBER_COLUMNS else "left", no_wrap=column != "case")
+        text = column in _TEXT_COLUMNS
+        table.add_column(column, justify="left" if text else "right", no_wrap=column not in ("case", "tile"))
     return table
 
 
@@ -154,14 +184,16 @@ def markdown(report: Report) -> str:
         f"```\n{command}\n```",
         (
             "attainment = the larger of copy time and FMA time, over the measured time; × eager and × copy: how many "
-            "times as fast as each."
+            "times as fast as each; × fastest: as the faster one of eager and torch.compile. below: cases that attain "
+            "less than the target of their class; slower: cases slower than the faster one of eager and torch.compile."
         ),
-        "## Geometric means",
+        "## Geometric means by class",
         _markdown_table(MEAN_COLUMNS, mean_rows(report)),
-        "## Cases",
     ]
-    rows = ((f"{case.name}, {_short(case)}", *case_cells(row)) for case in report.cases for row in case.rows)
-    parts.append(_markdown_table(CASE_COLUMNS, rows))
+    if report.short:
+        parts += ["## Below the target, or slower than PyTorch", _markdown_table(SHORT_COLUMNS, short_rows(report))]
+    rows = ((f"{case.name}, {_short(case)}", *case_cells(case, row)) for case in report.cases for row in case.rows)
+    parts += ["## Cases", _markdown_table(CASE_COLUMNS, rows)]
     parts.append("## Problems\n\n" + "\n".join(f"- **{case.name}**: {case_line(case)}" for case in report.cases))
     found = [f"- {line}" for line in remarks(report)]
     if found:
@@ -173,7 +205,7 @@ def _markdown_table(columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -
     def line(cells: tuple[str, ...]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    rule = tuple("---:" if column in _NUMBER_COLUMNS else "---" for column in columns)
+    rule = tuple("---" if column in _TEXT_COLUMNS else "---:" for column in columns)
     return "\n".join([line(columns), line(rule), *map(line, rows)])
 
 

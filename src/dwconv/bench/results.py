@@ -5,19 +5,34 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DepthwiseError
-from ..problem import DepthwiseProblem
+from ..problem import DepthwiseProblem, Epilogue
 from .timing import Timing
 
 FORMAT = 1
 COPY = "copy"
 EAGER = "eager"
+COMPILE = "compile"
 OURS = "dwconv"
+ALL = "all"
+
+# What every case of a class should attain, and all of them in the geometric mean.
+TARGETS: dict[str, float | None] = {
+    "filters up to 5×5, 64 MB or more": 0.90,
+    "7×7, float32": 0.80,
+    "7×7, 16 bits": 0.70,
+    "13×13 to 51×51": 0.70,
+    "1-D, 4 to 31 taps": 0.85,
+    "1-D, more taps": None,
+    "3-D": 0.70,
+    "filters up to 5×5, less than 64 MB": 0.75,
+    ALL: 0.82,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +116,46 @@ class CaseResult:
     rows: tuple[Row, ...]
     missing: tuple[Missing, ...] = ()
 
+    @property
+    def target(self) -> float | None:
+        """What the case should attain."""
+        return TARGETS[self.problem_class]
+
     def row(self, contender: str) -> Row | None:
         return next((row for row in self.rows if row.contender == contender), None)
+
+    def over_fastest(self, row: Row) -> float | None:
+        """The time of the faster one of eager and torch.compile over a row's; None where neither was timed."""
+        times = [found.timing.median for name in (EAGER, COMPILE) if (found := self.row(name)) is not None]
+        return min(times) / row.timing.median if times else None
+
+    def below_target(self, row: Row) -> bool:
+        return self.target is not None and row.attainment < self.target
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Geometric means of one contender over the cases of a class; over_eager is None if eager was timed in none."""
+    """One contender over the cases of a class: geometric means, and how many cases fall short.
+
+    Attributes:
+        attainment: geometric mean; least_attainment: of the worst case.
+        target: what each case should attain, or for all cases together the geometric mean; None if there is none.
+        below: cases that attain less than the target of their own class.
+        over_eager, over_fastest: geometric means of the times as fast as eager, and as the faster one of eager and
+            torch.compile; None if eager, or both, were timed in no case.
+        slower: cases slower than the faster one of eager and torch.compile.
+    """
 
     problem_class: str
     contender: str
     cases: int
     attainment: float
     least_attainment: float
+    target: float | None
+    below: int
     over_eager: float | None
+    over_fastest: float | None
+    slower: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,29 +177,41 @@ class Report:
             (case, row)
             for case in self.cases
             for row in case.rows
-            if row.contender not in (EAGER, "compile") and not row.within_bound
+            if row.contender not in (EAGER, COMPILE) and not row.within_bound
         )
 
+    @property
+    def short(self) -> tuple[tuple[CaseResult, Row], ...]:
+        """dwconv's rows that attain less than their class's target, or are slower than PyTorch; the worst first."""
+        found = [(case, row) for case in self.cases if (row := case.row(OURS)) is not None]
+        found = [(case, row) for case, row in found if case.below_target(row) or (case.over_fastest(row) or 1) < 1]
+        return tuple(sorted(found, key=lambda pair: pair[1].attainment / (pair[0].target or 1)))
+
     def means(self) -> tuple[Mean, ...]:
-        """Geometric means by class and contender, then over "all"."""
-        classes = list(dict.fromkeys(case.problem_class for case in self.cases))
-        groups = [(name, [case for case in self.cases if case.problem_class == name]) for name in classes]
+        """Of every class and contender, in the order of TARGETS, "all" last."""
+        groups = [(name, [case for case in self.cases if case.problem_class == name]) for name in TARGETS]
+        groups = [(name, cases) for name, cases in groups if cases]
         if len(groups) > 1:
-            groups.append(("all", list(self.cases)))
+            groups.append((ALL, list(self.cases)))
         return tuple(mean for name, cases in groups for mean in self._means(name, cases))
 
     def _means(self, name: str, cases: list[CaseResult]) -> Iterator[Mean]:
         for contender in self.contenders:
-            rows = [row for case in cases if (row := case.row(contender)) is not None]
-            if rows:
-                ratios = [row.over_eager for row in rows if row.over_eager is not None]
+            found = [(case, row) for case in cases if (row := case.row(contender)) is not None]
+            if found:
+                eager = [row.over_eager for _, row in found if row.over_eager is not None]
+                fastest = [ratio for case, row in found if (ratio := case.over_fastest(row)) is not None]
                 yield Mean(
-                    name,
-                    contender,
-                    len(rows),
-                    geometric_mean(row.attainment for row in rows),
-                    min(row.attainment for row in rows),
-                    geometric_mean(ratios) if ratios else None,
+                    problem_class=name,
+                    contender=contender,
+                    cases=len(found),
+                    attainment=geometric_mean(row.attainment for _, row in found),
+                    least_attainment=min(row.attainment for _, row in found),
+                    target=TARGETS[name],
+                    below=sum(case.below_target(row) for case, row in found),
+                    over_eager=geometric_mean(eager) if eager else None,
+                    over_fastest=geometric_mean(fastest) if fastest else None,
+                    slower=sum(ratio < 1 for ratio in fastest),
                 )
 
 
@@ -184,20 +237,20 @@ def geometric_mean(ratios: Iterable[float]) -> float:
 
 
 def problem_class(problem: DepthwiseProblem) -> str:
-    """The class a problem's figures are averaged in: by what limits it, so that a mean hides nothing.
+    """The class a problem's figures are averaged in, one of TARGETS: by what limits it, so that a mean hides nothing.
 
     >>> problem_class(DepthwiseProblem(16, 64, (512, 512), (3, 3)))
-    'filters up to 25 taps, 64 MB or more'
+    'filters up to 5×5, 64 MB or more'
     """
     if problem.dims == 3:
         return "3-D"
     if problem.dims == 1:
-        return "1-D, filters up to 31 taps" if problem.taps <= 31 else "1-D, filters over 31 taps"
+        return "1-D, 4 to 31 taps" if problem.taps <= 31 else "1-D, more taps"
     if problem.taps > 121:
-        return "filters over 121 taps"
+        return "13×13 to 51×51"
     if problem.taps > 25:
-        return "filters of 26 to 121 taps"
-    return "filters up to 25 taps, " + ("64 MB or more" if problem.least_bytes >= 64e6 else "less than 64 MB")
+        return "7×7, 16 bits" if problem.element_bytes == 2 else "7×7, float32"
+    return "filters up to 5×5, " + ("64 MB or more" if problem.least_bytes >= 64e6 else "less than 64 MB")
 
 
 def case_result(
@@ -238,8 +291,9 @@ def problem_to_json(problem: DepthwiseProblem) -> dict[str, Any]:
 
 
 def problem_from_json(values: dict[str, Any]) -> DepthwiseProblem:
-    arguments = {f.name: _tuples(values[f.name]) for f in fields(DepthwiseProblem) if f.init}
-    return DepthwiseProblem(**arguments)
+    """A problem that `problem_to_json` wrote, of this version or an earlier one with fewer fields."""
+    arguments = {f.name: _tuples(values[f.name]) for f in fields(DepthwiseProblem) if f.init and f.name in values}
+    return DepthwiseProblem(**arguments | {"epilogue": Epilogue(**values.get("epilogue", {}))})
 
 
 def _tuples(value: Any) -> Any:
@@ -284,15 +338,46 @@ def _case_from_json(values: dict[str, Any]) -> CaseResult:
     for row in values["rows"]:
         share = {key: None if row[key] is None else float(row[key]) for key in ("error", "error_share")}
         rows.append(Row(**{**row, **share, "timing": Timing(**row["timing"])}))
+    problem = problem_from_json(values["problem"])
     return CaseResult(
         **{
             **values,
-            "problem": problem_from_json(values["problem"]),
+            "problem": problem,
+            "problem_class": problem_class(problem),
             "copy": Timing(**values["copy"]),
             "rows": tuple(rows),
             "missing": tuple(Missing(**entry) for entry in values["missing"]),
         }
     )
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """One report of several, taken in parts under the same conditions.
+
+    Of a case that several hold, the last counts.
+
+    Raises:
+        DepthwiseError: there are none, or they were taken on different cards or versions, or in different ways.
+    """
+    if not reports:
+        raise DepthwiseError("nothing to merge: give the files that `dwconv bench --json` wrote")
+    conditions = [report.conditions for report in reports]
+    first = conditions[0]
+    for name in ("device", "driver", "cuda", "torch", "dwconv", "l2"):
+        values = list(dict.fromkeys(getattr(each, name) for each in conditions))
+        if len(values) > 1:
+            raise DepthwiseError(
+                f"reports with different {name} ({' and '.join(values)}) can't be merged: measure again in one place"
+            )
+    cases = {(case.name, case.problem): case for report in reports for case in report.cases}
+    joined = replace(
+        first,
+        commit=", ".join(dict.fromkeys(each.commit for each in conditions)),
+        date=max(each.date for each in conditions),
+        rounds=min(each.rounds for each in conditions),
+        command="; ".join(dict.fromkeys(each.command for each in conditions)),
+    )
+    return Report(joined, tuple(cases.values()))
 
 
 def write_whole(path: Path, text: str) -> None:

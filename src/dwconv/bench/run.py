@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,18 +14,33 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import versions
+from ..choose import choose
+from ..compile import compile_many
 from ..device import DeviceSpec
 from ..errors import DepthwiseError
 from ..problem import DepthwiseProblem, Direction, Layout
 from ..roofline import roofline
 from ..version import __version__
 from . import report as reporting
-from .results import COPY, OURS, CaseResult, Conditions, Missing, Report, case_result, to_json, write_whole
-from .suites import load_suite, select
+from .results import (
+    COMPILE,
+    COPY,
+    EAGER,
+    OURS,
+    CaseResult,
+    Conditions,
+    Missing,
+    Report,
+    case_result,
+    from_json,
+    merged,
+    to_json,
+    write_whole,
+)
+from .suites import DIRECTIONS, FEW, SUITES, load_suite, select
 from .timing import ROUNDS, Clock, CudaClock, copy_contender, measure, require_gpu
 
-CASE_LIMIT_SECONDS = 5.0
-COMPILE_LIMIT = 12  # problems: torch.compile takes seconds for each, so larger suites ask for it by --compile
+CASE_LIMIT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +49,9 @@ class Settings:
 
     Attributes:
         names: parts of case names.
-        contenders: by name; empty means all, where `compile` decides on torch.compile (None: small suites only).
+        contenders: by name; empty means eager, torch.compile unless `compile` is false, dwconv, and for few problems
+            every variant.
+        shard: (number, of): every so many-th problem, from this one on, counted from 1.
     """
 
     suite: str
@@ -42,7 +60,8 @@ class Settings:
     layouts: tuple[Layout, ...] = ()
     directions: tuple[Direction, ...] = ("forward",)
     contenders: tuple[str, ...] = ()
-    compile: bool | None = None
+    compile: bool = True
+    shard: tuple[int, int] = (1, 1)
     rounds: int = ROUNDS
     json_path: Path | None = None
     markdown_path: Path | None = None
@@ -60,16 +79,22 @@ def run(settings: Settings, console: Console, command: str) -> int:
     problems = list(
         select(load_suite(settings.suite), settings.names, settings.dtypes, settings.layouts, settings.directions)
     )
+    number, of = settings.shard
+    if not 1 <= number <= of:
+        raise DepthwiseError(f"--shard {number}/{of} is no part of the suite: use 1/{of} to {of}/{of}")
     if settings.rounds < 1:
         raise DepthwiseError(f"--rounds {settings.rounds} takes no samples: use 1 or more, 25 for a figure to report")
     torch = require_gpu()
     names = _contender_names(settings, len(problems))
+    problems = problems[number - 1 :: of]
     from ..launch import device_spec
 
     index = torch.cuda.current_device()
     device, spec = f"cuda:{index}", device_spec(index)
     conditions = conditions_here(torch, settings.rounds, command)
     clock = CudaClock()
+    if OURS in names:
+        _compile_ahead(problems, spec)
     cases: list[CaseResult] = []
     log = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -82,24 +107,63 @@ def run(settings: Settings, console: Console, command: str) -> int:
             progress.console.print(_summary(cases[-1]), highlight=False, markup=False, soft_wrap=True)
             if settings.json_path is not None:
                 write_whole(settings.json_path, to_json(Report(conditions, tuple(cases))))
-    report = Report(conditions, tuple(cases))
+    return _finish(Report(conditions, tuple(cases)), settings.suite, settings.markdown_path, console)
+
+
+def merge(paths: Sequence[Path], json_path: Path | None, markdown_path: Path | None, console: Console) -> int:
+    """Makes one report of several files that `run` wrote, in the order of the suites; returns as `run`.
+
+    Raises:
+        DepthwiseError: a file can't be read, is no report, or was taken under other conditions.
+    """
+    reports = []
+    for path in paths:
+        try:
+            reports.append(from_json(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise DepthwiseError(f"{path} can't be read ({error.strerror}): give a file of `--json`") from error
+    places = [
+        (suite, name, problem) for suite in SUITES for name, problem in select(load_suite(suite), directions=DIRECTIONS)
+    ]
+    rank = {(name, problem): number for number, (_, name, problem) in enumerate(places)}
+    report = merged(reports)
+    ordered = sorted(report.cases, key=lambda case: rank.get((case.name, case.problem), len(rank)))
+    report = Report(report.conditions, tuple(ordered))
+    if json_path is not None:
+        write_whole(json_path, to_json(report))
+    held = {(case.name, case.problem) for case in report.cases}
+    suites = dict.fromkeys(suite for suite, name, problem in places if (name, problem) in held)
+    return _finish(report, " and ".join(suites), markdown_path, console)
+
+
+def _finish(report: Report, suite: str, markdown_path: Path | None, console: Console) -> int:
     reporting.print_report(report, console)
-    if settings.markdown_path is not None:
-        title = f"# dwconv bench: {settings.suite} on {conditions.device}\n\n"
-        write_whole(settings.markdown_path, title + reporting.markdown(report))
+    if markdown_path is not None:
+        title = f"# dwconv bench: {suite} on {report.conditions.device}\n\n"
+        write_whole(markdown_path, title + reporting.markdown(report))
     return 1 if report.wrong else 0
 
 
+def _compile_ahead(problems: Sequence[tuple[str, DepthwiseProblem]], spec: DeviceSpec) -> None:
+    """Compiles dwconv's kernels on every core, so that the GPU doesn't wait for one after the other."""
+    plans = []
+    for _, problem in problems:
+        with contextlib.suppress(DepthwiseError):  # the case says why
+            plans.append(choose(problem, spec))
+    with contextlib.suppress(DepthwiseError):
+        compile_many(plans)
+
+
 def _contender_names(settings: Settings, problems: int) -> tuple[str, ...]:
-    from .baselines import COMPILE, CONTENDERS
+    from .baselines import CONTENDERS
 
     for name in settings.contenders:
         if name not in CONTENDERS:
             raise DepthwiseError(f"contender={name!r} is unknown: use some of {', '.join(CONTENDERS)}")
     if settings.contenders:
         return settings.contenders
-    compiled = problems <= COMPILE_LIMIT if settings.compile is None else settings.compile
-    return tuple(name for name in CONTENDERS if compiled or name != COMPILE)
+    names = CONTENDERS if problems <= FEW else (EAGER, COMPILE, OURS)
+    return tuple(name for name in names if settings.compile or name != COMPILE)
 
 
 def conditions_here(torch: Any, rounds: int, command: str, l2: str = "cold") -> Conditions:
@@ -135,6 +199,7 @@ def run_case(
 
     try:
         tensors = baselines.make_tensors(problem, device)
+        expected = expect(problem, tensors)
         ready: dict[str, baselines.Contender] = {}
         missing: list[Missing] = []
         checks: dict[str, tuple[float, float]] = {}
@@ -143,7 +208,7 @@ def run_case(
                 missing.append(found)
                 continue
             try:
-                checked = check(problem, tensors, found)
+                checked = check(problem, tensors, found, expected)
             except (DepthwiseError, RuntimeError) as error:  # PyTorch refuses it, or the memory doesn't suffice
                 missing.append(Missing(found.name, _first_sentence(error)))
                 continue
@@ -157,34 +222,55 @@ def run_case(
         notes = {name: contender.note for name, contender in ready.items()}
         return case_result(name, problem, timings, fma, checks, notes, missing)
     finally:
-        tensors = ready = runs = found = None  # type: ignore[assignment]
+        tensors = ready = runs = found = expected = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
 
 
-def check(problem: DepthwiseProblem, tensors: Any, contender: Any) -> tuple[float, float] | None:
-    """The largest error on a slice, and the largest share of its rounding bound; None for the backward directions.
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A slice of a forward result in float64, with its rounding bound, on the problem's device.
 
-    The slice is the first and last image, and the first, middle and last channel: images and channels don't depend on
-    each other. A result tensor that was allocated beforehand is filled with NaN, and none may be left.
+    Images and channels don't depend on each other: of each, the first, the last, and of the channels the middle one.
     """
-    if contender.y is not None:
-        contender.y.fill_(math.nan)
-    y = contender.run()
-    if problem.direction != "forward":
+
+    images: list[int]
+    filters: list[int]
+    exact: Any
+    bound: Any
+
+
+def expect(problem: DepthwiseProblem, tensors: Any) -> Expected | None:
+    """What a contender must compute; None for the backward directions and for an empty batch."""
+    if problem.direction != "forward" or problem.batch == 0:
         return None
     from .. import reference
 
-    if y.isnan().any():
-        return math.inf, math.inf
     images = sorted({0, problem.batch - 1})
     channels = sorted({0, problem.channels // 2, problem.channels - 1})
     filters = [c * problem.multiplier + j for c in channels for j in range(problem.multiplier)]
     small = problem.with_batch(len(images), len(channels))
-    bias = None if tensors.bias is None else tensors.bias[filters].cpu()
-    x = tensors.x[images][:, channels].cpu()
-    exact, bound = reference.forward(x, tensors.weight[filters].cpu(), bias, small)
-    error = (y[images][:, filters].cpu().double() - exact).abs()
-    return float(error.max()), float((error / bound).max())
+    bias = None if tensors.bias is None else tensors.bias[filters]
+    exact, bound = reference.forward(tensors.x[images][:, channels], tensors.weight[filters], bias, small)
+    return Expected(images, filters, exact, bound)
+
+
+def check(
+    problem: DepthwiseProblem, tensors: Any, contender: Any, expected: Expected | None = None
+) -> tuple[float, float] | None:
+    """The largest error on a slice, and the largest share of its rounding bound; None for the backward directions.
+
+    A result tensor that was allocated beforehand is filled with NaN, and none may be left.
+    """
+    if contender.y is not None:
+        contender.y.fill_(math.nan)
+    y = contender.run()
+    expected = expect(problem, tensors) if expected is None else expected
+    if expected is None:
+        return None
+    if y.isnan().any():
+        return math.inf, math.inf
+    error = (y[expected.images][:, expected.filters].double() - expected.exact).abs()
+    return float(error.max()), float((error / expected.bound).max())
 
 
 def _first_sentence(error: Exception) -> str:

@@ -13,6 +13,7 @@ from ..problem import DTYPE_BYTES, DepthwiseProblem, Direction, Layout
 
 SUITES = ("kernelbench", "models")
 LAYOUTS: tuple[Layout, ...] = ("channels_first", "channels_last")
+FEW = 12  # problems: so many are timed with every variant, more of them with dwconv's choice only
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_weight")
 
 

@@ -156,7 +156,8 @@ def measure(
     Args:
         contenders: calls to time, by name. Each launches its work on the current stream and returns.
         rounds: samples of each contender.
-        warmup: untimed calls of each before the first round; what they compile or allocate is not counted.
+        warmup: untimed calls of each before the first round; what they compile or allocate is not counted. There is
+            one only where it takes more than a tenth of `limit_seconds`.
         limit_seconds: no further round starts after this time, once there are LEAST_ROUNDS of them.
         progress: is called with (rounds that are done, rounds) after every round.
         clock: where times come from; default a CudaClock.
@@ -175,9 +176,12 @@ def measure(
     clock = CudaClock() if clock is None else clock
     began = clock.now()
     for run in contenders.values():
+        started = clock.now()
         for _ in range(warmup):
             run()
-    clock.synchronize()
+            clock.synchronize()
+            if clock.now() - started > limit_seconds / 10:
+                break
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for done in range(rounds):

@@ -23,7 +23,7 @@ from ..errors import DepthwiseError
 from ..plan import Constants, Plan
 from ..sources import kernel_source, without_includes
 
-_FORMAT = "dwconv-emulator-1"
+_FORMAT = "dwconv-emulator-2"
 _HEADERS = ("cuda_emulator.h", "fibers.h", "switch.h")
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-pthread")
 # A vector load reads floats as uint4, and a multiply-add is contracted, both as in CUDA.
@@ -131,7 +131,7 @@ def _compile(text: str, flags: tuple[str, ...], name: str, inputs: tuple[str, ..
     headers = _folder()
     descriptor, output = tempfile.mkstemp(dir=headers, suffix=".out")
     os.close(descriptor)
-    command = [_compiler(), *flags, f"-I{headers}", *inputs, "-x", "c++", "-", "-o", output]
+    command = [_compiler(), *flags, f"-I{headers}", *inputs, "-x", "c++", "-", "-lm", "-o", output]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # libasan slows g++ down
     result = subprocess.run(command, input=text, capture_output=True, text=True, check=False, env=environment)
     try:

@@ -239,12 +239,41 @@ inline float __uint_as_float(unsigned bits) {
     __builtin_memcpy(&a, &bits, sizeof a);
     return a;
 }
+inline float expf(float a) { return __builtin_expf(a); }
+inline double exp(double a) { return __builtin_exp(a); }
+inline float erfcf(float a) { return __builtin_erfcf(a); }
+inline double erfc(double a) { return __builtin_erfc(a); }
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
 inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(static_cast<unsigned>(a)); }
 inline int __ffs(int a) { return __builtin_ffs(a); }
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return static_cast<unsigned>((static_cast<unsigned long long>(a) * b) >> 32);
 }
+
+// ---- 16-bit elements: conversions of kernels/elements.cuh, which are single instructions in CUDA ----
+
+namespace dwconv {
+inline float half_to_float(unsigned short bits) {
+    const unsigned magnitude = (bits & 0x7fffu) << 13;
+    float value = __uint_as_float(magnitude) * 0x1p112f;  // moves the exponent's bias, and subnormals with it
+    if (magnitude >= 0x0f800000u) value = __uint_as_float(magnitude | 0x7f800000u);  // Inf and NaN
+    return __uint_as_float(__float_as_uint(value) | (bits & 0x8000u) << 16);
+}
+inline unsigned short float_to_half(float value) {
+    const unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    unsigned half;
+    if (magnitude > 0x7f800000u) {
+        half = 0x7fffu;
+    } else if (magnitude >= 0x47800000u) {  // 65536 and more; what rounds to it comes out of the addition below
+        half = 0x7c00u;
+    } else if (magnitude < 0x38800000u) {  // below 2^-14 the result is subnormal: the sum with 0.5 rounds it in place
+        half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+    } else {
+        half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+    }
+    return static_cast<unsigned short>(sign | half);
+}
+}  // namespace dwconv
 
 // Stands after the kernel file: what launch.py finds in the shared object.
 #define DWCONV_EMULATOR_EXPORT(kernel)                                                                                \

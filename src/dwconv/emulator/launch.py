@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from .. import env
 from ..plan import Plan
+from ..problem import contiguous_strides, dense_strides
 from . import build
 
 _MESSAGE_BYTES = 2048
@@ -18,7 +19,7 @@ _SLICE_SECONDS = 0.25  # after which Python looks for an interrupt, and progress
 _MOST_THREADS, _MOST_GRID_X, _MOST_GRID_YZ = 1024, 2**31 - 1, 65535
 
 Progress = Callable[[int, int], object]
-Argument: TypeAlias = "ctypes.c_void_p | ctypes.Array[ctypes.c_int64] | ctypes.Array[ctypes.c_uint32]"
+Argument: TypeAlias = "ctypes.c_void_p | ctypes.Array[Any]"
 
 
 class EmulationError(RuntimeError):
@@ -49,6 +50,9 @@ def run(
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     order_seed: int | None = None,
     progress: Progress | None = None,
@@ -57,7 +61,7 @@ def run(
 
     Args:
         plan: any plan; its architecture only decides limits.
-        x, weight, bias, y: CPU tensors of the sizes and strides that the plan was made for.
+        x, weight, bias, y, scale, shift, residual: CPU tensors of the sizes and strides that the plan was made for.
         order_seed: runs blocks, and threads between barriers, in an order that this number decides; a correct kernel
             gives the same bits in any order. None takes them as they come.
         progress: called now and then with the blocks that are finished and the blocks in all.
@@ -67,7 +71,8 @@ def run(
         EmulationError: the kernel broke one of CUDA's rules.
         ValueError: a tensor is not what the plan was made for.
     """
-    _check_tensors(plan, x, weight, bias, y)
+    tensors = (x, weight, bias, y, scale, shift, residual)
+    _check_tensors(plan, *tensors)
     if y.numel() == 0:
         return
     launch_kernel(
@@ -75,19 +80,19 @@ def run(
         plan.grid,
         plan.block,
         plan.shared_bytes,
-        kernel_arguments(plan, x, weight, bias, y),
+        kernel_arguments(plan, *tensors),
         most_shared_bytes=plan.device.shared_bytes - 1024,
         order_seed=order_seed,
         progress=progress,
     )
 
 
-def kernel_arguments(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> list[Argument]:
-    """What the entry of every kernel takes: four pointers, Sizes and Tiling."""
-    pointers = [ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None) for tensor in (x, weight, bias, y)]
+def kernel_arguments(plan: Plan, *tensors: Tensor | None) -> list[Argument]:
+    """What the entry of every kernel takes: Tensors (x, weight, bias, y, scale, shift, residual), Sizes and Tiling."""
+    addresses = (ctypes.c_void_p * 7)(*(tensor.data_ptr() if tensor is not None else None for tensor in tensors))
     sizes = (ctypes.c_int64 * len(plan.sizes))(*plan.sizes)
     tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
-    return [*pointers, sizes, tiling]
+    return [addresses, sizes, tiling]
 
 
 def launch_kernel(
@@ -155,23 +160,47 @@ def _check_arguments(library: ctypes.CDLL, given: list[int]) -> None:
         )
 
 
-def _check_tensors(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def _check_tensors(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+) -> None:
     problem = plan.problem
+    epilogue, per_channel = problem.epilogue, (problem.out_channels,)
     expected = [("x", x, problem.x_shape), ("weight", weight, problem.weight_shape), ("y", y, problem.y_shape)]
-    if bias is not None:
-        expected.append(("bias", bias, (problem.out_channels,)))
-    if (bias is not None) != problem.bias:
-        raise ValueError(f"the plan was made {'with' if problem.bias else 'without'} a bias")
+    for name, tensor, wanted, shape in (
+        ("bias", bias, problem.bias, per_channel),
+        ("scale", scale, epilogue.scale, per_channel),
+        ("shift", shift, epilogue.shift, per_channel),
+        ("residual", residual, epilogue.residual, problem.y_shape),
+    ):
+        if (tensor is not None) != wanted:
+            raise ValueError(f"the plan was made {'with' if wanted else 'without'} a {name}")
+        if tensor is not None:
+            expected.append((name, tensor, shape))
     for name, tensor, shape in expected:
         if tensor.device.type != "cpu" or str(tensor.dtype) != f"torch.{problem.dtype}" or tensor.shape != shape:
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; the plan was made for {shape} "
                 f"{problem.dtype} on the CPU"
             )
-        if name != "x" and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous; it has strides {tensor.stride()}")
-        if name in ("x", "y") and tensor.numel() and tensor.data_ptr() % problem.aligned:
+        dense = contiguous_strides(shape)
+        if name in ("y", "residual"):
+            dense = dense_strides(shape, problem.layout)
+        if name != "x" and not _has_strides(tensor, dense):
+            raise ValueError(f"{name} must be dense, with strides {dense}; it has {tensor.stride()}")
+        if name in ("x", "y", "residual") and tensor.numel() and tensor.data_ptr() % problem.aligned:
             raise ValueError(f"{name} starts at an address that is not a multiple of {problem.aligned} bytes")
-    strides = zip(x.shape, x.stride(), problem.plane_strides, strict=True)
-    if x.numel() and any(size > 1 and stride != planned for size, stride, planned in strides):
+    if not _has_strides(x, problem.plane_strides):
         raise ValueError(f"x has strides {x.stride()}; the plan was made for {problem.plane_strides}")
+
+
+def _has_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether a tensor's strides are these, as far as they mean anything."""
+    both = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    return tensor.numel() == 0 or all(size == 1 or stride == planned for size, stride, planned in both)

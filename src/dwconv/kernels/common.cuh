@@ -3,17 +3,28 @@
 // Freestanding: no torch, no CUTLASS, no libcu++. NVRTC compiles it as it stands, nvcc inside an exported file, and
 // g++ under the emulator, which supplies CUDA's built-ins (threadIdx, __shfl_sync, __ldg, float4, ...) by a header.
 #pragma once
+#include "elements.cuh"
 
 namespace dwconv {
 
 // Sizes of one launch. Everything else that a kernel needs to know is a compile-time constant of its Config.
-// x is [N, C, H, W] with any strides but that of a column, which is 1; y [N, C*M, OH, OW] is contiguous.
+// x is [N, C, D, H, W] with any strides in which columns (channels first) or channels (channels last) are neighbours;
+// y is dense in the same layout. Images have a depth of 1, sequences a depth and height of 1.
 struct Sizes {
     long long planes;        // N * C*M, the output planes
     long long out_channels;  // C*M
-    long long in_h, in_w;
-    long long out_h, out_w;
-    long long x_image, x_channel, x_row;  // strides of x, in elements
+    long long in_d, in_h, in_w;
+    long long out_d, out_h, out_w;
+    long long x_image, x_channel, x_depth, x_row, x_column;  // strides of x, in elements
+};
+
+// Where the tensors of one launch are; null where the problem has none.
+template <class T>
+struct Tensors {
+    const T *x, *w, *b;
+    T* y;
+    const T *scale, *shift;  // [C*M]
+    const T* residual;       // as y
 };
 
 // The type in which products are summed: float32 for everything up to float32, float64 for float64.
@@ -66,9 +77,50 @@ __device__ __forceinline__ Vector<T, Width> load_vector(const T* address) {
     return both.vector;
 }
 
+template <class T>
+__device__ __forceinline__ T load_one(const T* address) {
+    return load_vector<1>(address).element[0];
+}
+
 template <int Width, class T>
 __device__ __forceinline__ void store_vector(T* address, const Vector<T, Width>& values) {
-    *reinterpret_cast<Vector<T, Width>*>(address) = values;
+    using Bits = typename Word<sizeof(T) * Width>::Type;
+    union {
+        Vector<T, Width> vector;
+        Bits bits;
+    } both = {values};
+    *reinterpret_cast<Bits*>(address) = both.bits;
+}
+
+// Sums as elements, each rounded once.
+template <class T, int Width, class Sum>
+__device__ __forceinline__ Vector<T, Width> rounded(const Sum* sums) {
+    Vector<T, Width> values;
+    if constexpr (sizeof(T) == 2 && Width % 2 == 0) {
+        union {
+            unsigned pairs[Width / 2];
+            Vector<T, Width> vector;
+        } both;
+#pragma unroll
+        for (int k = 0; k < Width / 2; ++k) both.pairs[k] = rounded_pair<T>(sums[2 * k], sums[2 * k + 1]);
+        values = both.vector;
+    } else {
+#pragma unroll
+        for (int k = 0; k < Width; ++k) values.element[k] = static_cast<T>(sums[k]);
+    }
+    return values;
+}
+
+// A value of another lane of the warp; all lanes must call it. Lanes count within groups of `width`.
+template <class T>
+__device__ __forceinline__ T shuffled(T value, int lane, int width) {
+    if constexpr (sizeof(T) == 2) {
+        value.bits =
+            static_cast<unsigned short>(__shfl_sync(0xffffffffu, static_cast<unsigned>(value.bits), lane, width));
+        return value;
+    } else {
+        return __shfl_sync(0xffffffffu, value, lane, width);
+    }
 }
 
 // Reads four elements of shared memory; their address must be a multiple of 16 bytes.

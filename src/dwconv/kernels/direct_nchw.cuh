@@ -1,22 +1,69 @@
 // direct_nchw.cuh: depthwise convolution, channels first, any filter: a tile's rows wait in registers
 //   y[n,c,i,j] = b[c] + sum_{u,v} w[c,u,v] * x[n, c/M, i*SH - PT + u*DH, j*SW - PL + v*DW]     float32 sum
 //   x [N,C,H,W]   w [C*M,KH,KW]   b [C*M] or null   y [N,C*M,OH,OW]     offsets in elements, 64-bit
-//   A group of `lanes` threads makes kRows output rows of one strip: lanes * kSlots * kVector columns.
-//   grid.x = ceil(planes * column strips * row strips / groups in a block); row strips are neighbours in a block, so
-//   that the halo rows between them meet in L1
-//   least DRAM traffic: x + w + y, once each; halo rows between blocks come from L2
+//   A thread makes kRows x (kSlots * kVector) outputs: kVector neighbouring columns in each slot. `lanes` threads make
+//   one strip of columns; slots are interleaved over them, so that loads and stores of neighbours are contiguous.
+//   grid.x = ceil(planes * column strips * row strips * lanes / kThreads); threads are numbered by lane fastest, then
+//   by row strip, so that the halo rows between row strips meet in L1; then by column strip and plane
+//   least DRAM traffic: x + w + y, once each; halo columns come from L1, halo rows between blocks from L2
 #pragma once
-#include "strips.cuh"
+#include "epilogue.cuh"
 
 namespace dwconv {
 
 struct DirectNchwTiling {
-    StripTiling strips;
+    FastDivisor lanes;          // of one strip
+    FastDivisor row_strips;     // of one column strip
+    FastDivisor column_strips;  // of one plane
+    FastDivisor out_channels;   // of one image
+    unsigned strips;            // planes * column strips * row strips
+};
+
+// The place of a thread: its plane, and the first of its outputs.
+struct DirectNchwPlace {
+    long long image, channel;  // of the output
+    int row, column;           // column: in slot 0
+    int slot_columns;          // output columns from one slot to the next
+};
+
+// The columns of x that one slot's outputs read, numbered from the slot's first output column * kStrideW: kFirst ...
+// kLast. They are loaded in cells of kLoadVector columns, each by one instruction, of the outermost cells a piece if
+// that is all that is read. A cell lies in a row wholly or not at all: W and kVector * kStrideW are multiples of
+// kLoadVector.
+template <class C>
+struct ReadColumns {
+    static constexpr int kCell = C::kLoadVector;
+    static constexpr int kFirst = -C::kPadLeft;
+    static constexpr int kLast = kFirst + (C::kVector - 1) * C::kStrideW + (C::kFilterW - 1) * C::kDilationW;
+    static constexpr int kSpan = kLast - kFirst + 1;
+    static constexpr int kStart = floor_div(kFirst, kCell) * kCell;
+    static constexpr int kCells = floor_div(kLast, kCell) - kStart / kCell + 1;
+
+    // The least power of two that holds so many columns.
+    __host__ __device__ static constexpr int piece(int columns) {
+        int width = 1;
+        while (width < columns) width *= 2;
+        return width;
+    }
+    static constexpr int kLeft = kCells == 1 ? kCell : piece(kStart + kCell - kFirst);                     // first cell
+    static constexpr int kRight = kCells == 1 ? kCell : piece(kLast + 1 - kStart - (kCells - 1) * kCell);  // last cell
+
+    // Does any output read column kFirst + k? (Not all are read where dilation or stride leave gaps.)
+    __host__ __device__ static constexpr bool reads(int k) {
+        for (int o = 0; o < C::kVector; ++o)
+            if (is_tap(k - o * C::kStrideW, C::kDilationW, C::kFilterW)) return true;
+        return false;
+    }
+    __host__ __device__ static constexpr bool reads_cell(int c) {
+        for (int k = 0; k < kCell; ++k)
+            if (reads(kStart + c * kCell + k - kFirst)) return true;
+        return false;
+    }
 };
 
 // Which input rows the kRows output rows of a thread read, numbered from the first.
 template <class C>
-struct WindowRows {
+struct ReadRows {
     static constexpr int kCount = (C::kRows - 1) * C::kStrideH + (C::kFilterH - 1) * C::kDilationH + 1;
 
     __host__ __device__ static constexpr bool reads(int r) {
@@ -26,29 +73,127 @@ struct WindowRows {
     }
 };
 
-// All rows that the thread reads are loaded before the first use: bytes in flight are what the speed depends on.
+// What one slot reads of one row of x, as it lies in memory; zeros outside of the image. Elements are converted when
+// they are used: those of 16 bits take half a register until then, where they are loaded in pairs.
+template <class C>
+struct SlotRow {
+    using T = typename C::Element;
+    using Columns = ReadColumns<C>;
+    static constexpr int kCell = Columns::kCell;
+    static constexpr bool kSingle = sizeof(T) == 2 && kCell == 1;  // one element of 16 bits in each word
+    unsigned words[Columns::kCells][kSingle ? 1 : kCell * sizeof(T) / 4];
+
+    // Loads Width columns of a cell, from column `from` of it on.
+    template <int Width>
+    __device__ __forceinline__ void load_piece(const T* address, bool inside, int cell, int from) {
+        unsigned* into = &words[cell][from * sizeof(T) / 4];
+        if constexpr (Width * sizeof(T) == 2) {  // into the lower half of its word
+            *into = 0;
+            if (inside) *into = load_one(reinterpret_cast<const unsigned short*>(address + from));
+            keep_packed(*into);
+        } else {
+            Vector<unsigned, Width * sizeof(T) / 4> piece = {};
+            if (inside) piece = load_vector<Width * sizeof(T) / 4>(reinterpret_cast<const unsigned*>(address + from));
+#pragma unroll
+            for (int k = 0; k < static_cast<int>(Width * sizeof(T) / 4); ++k) {
+                into[k] = piece.element[k];
+                if constexpr (sizeof(T) != 4) keep_packed(into[k]);
+            }
+        }
+    }
+
+    // Keeps the compiler from converting an element right where it is loaded, which waits for it before the next load
+    // is issued (bfloat16, 4 rows of 8 columns: 0.73 of a copy's speed instead of 0.89, H200, 2026-11).
+    static __device__ __forceinline__ void keep_packed(unsigned& word) {
+#ifndef DWCONV_EMULATOR
+        asm("" : "+r"(word));
+#endif
+    }
+
+    // `address` is that of column number `column`, the slot's first output column * kStrideW.
+    __device__ __forceinline__ void load(const T* address, bool row_inside, int column, int in_w) {
+#pragma unroll
+        for (int c = 0; c < Columns::kCells; ++c) {
+            if (!Columns::reads_cell(c)) continue;
+            const int start = Columns::kStart + c * kCell;
+            const bool inside = row_inside && static_cast<unsigned>(column + start) < static_cast<unsigned>(in_w);
+            if (c == 0)
+                load_piece<Columns::kLeft>(address + start, inside, c, kCell - Columns::kLeft);
+            else if (c == Columns::kCells - 1)
+                load_piece<Columns::kRight>(address + start, inside, c, 0);
+            else
+                load_piece<kCell>(address + start, inside, c, 0);
+        }
+    }
+
+    // Column Columns::kFirst + k.
+    template <class Sum>
+    __device__ __forceinline__ Sum column(int k) const {
+        const int at = Columns::kFirst - Columns::kStart + k, cell = at / kCell, place = at % kCell;
+        if constexpr (sizeof(T) == 2) {
+            const bool upper = !kSingle && place % 2 && !(Columns::kLeft == 1 && cell == 0);
+            T element;
+            element.bits = static_cast<unsigned short>(words[cell][place / 2] >> (upper ? 16 : 0));
+            return static_cast<Sum>(element);
+        } else {
+            union {
+                unsigned bits[sizeof(T) / 4];
+                T element;
+            } both;
+#pragma unroll
+            for (int k = 0; k < static_cast<int>(sizeof(T) / 4); ++k)
+                both.bits[k] = words[cell][place * sizeof(T) / 4 + k];
+            return static_cast<Sum>(both.element);
+        }
+    }
+};
+
+// Stores one finished output row of one slot; `at` is the offset in y of its first output, which has number `column`.
 template <class C, class Sum>
-__device__ __forceinline__ void sum_from_registers(const typename C::Element* plane, const typename C::Element* w,
-                                                   const Sizes& sizes, const StripPlace& place,
-                                                   Sum (&sums)[C::kRows][C::kSlots][C::kVector]) {
-    using Columns = StripColumns<C>;
-    using Rows = WindowRows<C>;
-    const int first_row = place.row * C::kStrideH - C::kPadTop;
-    const unsigned in_h = place.inside ? static_cast<unsigned>(sizes.in_h) : 0;
-    const int first = place.column * C::kStrideW + C::kColumnShift;
+__device__ __forceinline__ void store_slot(const Tensors<typename C::Element>& tensors, long long at, int column,
+                                           int out_w, const ChannelValues<Sum>& values, const Sum (&sums)[C::kVector]) {
+#pragma unroll
+    for (int o = 0; o < C::kVector; o += C::kStoreVector)
+        if (column + o < out_w) store_outputs<C, C::kStoreVector, 0>(tensors, at + o, &sums[o], &values);
+}
+
+// All rows that the thread reads are loaded before the first use: bytes in flight are what the speed depends on.
+template <class C>
+__device__ __forceinline__ void make_from_registers(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
+                                                    const DirectNchwPlace& place, const typename C::Element* plane,
+                                                    const typename C::Element* w, long long at) {
+    using Columns = ReadColumns<C>;
+    using Rows = ReadRows<C>;
+    using Sum = typename Accumulator<typename C::Element>::Type;
+    const int in_w = static_cast<int>(sizes.in_w), out_w = static_cast<int>(sizes.out_w);
+    const unsigned in_h = static_cast<unsigned>(sizes.in_h);
+    const int out_h = static_cast<int>(sizes.out_h);
+    const int first_row = place.row * C::kStrideH - C::kPadTop, first = place.column * C::kStrideW;
+    const int slot = place.slot_columns * C::kStrideW;
     const typename C::Element* line = plane + first_row * sizes.x_row + first;
-    StripRow<C> rows[Rows::kCount];
+    SlotRow<C> rows[Rows::kCount][C::kSlots];
 #pragma unroll
     for (int r = 0; r < Rows::kCount; ++r, line += sizes.x_row)
         if (Rows::reads(r))
-            load_row<C>(line, static_cast<unsigned>(first_row + r) < in_h, place, first, static_cast<int>(sizes.in_w),
-                        rows[r]);
+#pragma unroll
+            for (int s = 0; s < C::kSlots; ++s)
+                rows[r][s].load(line + s * slot, static_cast<unsigned>(first_row + r) < in_h, first + s * slot, in_w);
 
     Sum filter[C::kFilterH][C::kFilterW];
 #pragma unroll
     for (int u = 0; u < C::kFilterH; ++u)
 #pragma unroll
-        for (int v = 0; v < C::kFilterW; ++v) filter[u][v] = static_cast<Sum>(__ldg(w + u * C::kFilterW + v));
+        for (int v = 0; v < C::kFilterW; ++v) filter[u][v] = static_cast<Sum>(load_one(w + u * C::kFilterW + v));
+
+    const Sum bias = C::kHasBias ? static_cast<Sum>(load_one(tensors.b + place.channel)) : Sum(0);
+    const auto values = channel_values<C>(tensors, place.channel);
+    Sum sums[C::kRows][C::kSlots][C::kVector];
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+        for (int s = 0; s < C::kSlots; ++s)
+#pragma unroll
+            for (int o = 0; o < C::kVector; ++o) sums[i][s][o] = bias;
 
 #pragma unroll
     for (int r = 0; r < Rows::kCount; ++r) {
@@ -58,8 +203,7 @@ __device__ __forceinline__ void sum_from_registers(const typename C::Element* pl
             Sum window[Columns::kSpan];
 #pragma unroll
             for (int k = 0; k < Columns::kSpan; ++k)
-                if (Columns::reads(k))
-                    window[k] = static_cast<Sum>(column_of<C>(rows[r], s, Columns::kFirst + k, place));
+                if (Columns::reads(k)) window[k] = rows[r][s].template column<Sum>(k);
 #pragma unroll
             for (int i = 0; i < C::kRows; ++i) {
                 const int below = r - i * C::kStrideH;  // = u * kDilationH where output row i reads this row
@@ -69,26 +213,35 @@ __device__ __forceinline__ void sum_from_registers(const typename C::Element* pl
 #pragma unroll
                     for (int o = 0; o < C::kVector; ++o)
                         sums[i][s][o] += filter[below / C::kDilationH][v] * window[o * C::kStrideW + v * C::kDilationW];
+                if (below == (C::kFilterH - 1) * C::kDilationH && place.row + i < out_h)  // no later row is missing
+                    store_slot<C>(tensors, at + i * sizes.out_w + s * place.slot_columns,
+                                  place.column + s * place.slot_columns, out_w, values, sums[i][s]);
             }
         }
     }
 }
 
 // Filters too large for that: a tap at a time, straight from L1.
-template <class C, class Sum>
-__device__ __forceinline__ void sum_tap_by_tap(const typename C::Element* plane, const typename C::Element* w,
-                                               const Sizes& sizes, const StripPlace& place,
-                                               Sum (&sums)[C::kRows][C::kSlots][C::kVector]) {
+template <class C>
+__device__ __forceinline__ void make_tap_by_tap(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
+                                                const DirectNchwPlace& place, const typename C::Element* plane,
+                                                const typename C::Element* w, long long at) {
+    using Sum = typename Accumulator<typename C::Element>::Type;
     static_assert(C::kVector == 1, "kVector must be 1 tap by tap: neighbouring lanes read neighbouring columns");
-    if (!place.inside) return;
     const int in_h = static_cast<int>(sizes.in_h), in_w = static_cast<int>(sizes.in_w);
     const int first_row = place.row * C::kStrideH - C::kPadTop;
     const int first_column = place.column * C::kStrideW - C::kPadLeft;
+    const Sum bias = C::kHasBias ? static_cast<Sum>(load_one(tensors.b + place.channel)) : Sum(0);
+    Sum sums[C::kRows][C::kSlots][1];
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+        for (int s = 0; s < C::kSlots; ++s) sums[i][s][0] = bias;
 #pragma unroll 1
     for (int u = 0; u < C::kFilterH; ++u)
 #pragma unroll 4
         for (int v = 0; v < C::kFilterW; ++v) {
-            const Sum tap = static_cast<Sum>(__ldg(w + u * C::kFilterW + v));
+            const Sum tap = static_cast<Sum>(load_one(w + u * C::kFilterW + v));
 #pragma unroll
             for (int i = 0; i < C::kRows; ++i) {
                 const int row = first_row + i * C::kStrideH + u * C::kDilationH;
@@ -96,56 +249,60 @@ __device__ __forceinline__ void sum_tap_by_tap(const typename C::Element* plane,
                 const typename C::Element* line = plane + row * sizes.x_row;
 #pragma unroll
                 for (int s = 0; s < C::kSlots; ++s) {
-                    const int column = first_column + s * (place.lanes * C::kStrideW) + v * C::kDilationW;
+                    const int column = first_column + s * (place.slot_columns * C::kStrideW) + v * C::kDilationW;
                     if (static_cast<unsigned>(column) < static_cast<unsigned>(in_w))
-                        sums[i][s][0] += tap * static_cast<Sum>(__ldg(line + column));
+                        sums[i][s][0] += tap * static_cast<Sum>(load_one(line + column));
                 }
             }
         }
+    const auto values = channel_values<C>(tensors, place.channel);
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i)
+        if (place.row + i < sizes.out_h)
+#pragma unroll
+            for (int s = 0; s < C::kSlots; ++s)
+                store_slot<C>(tensors, at + i * sizes.out_w + s * place.slot_columns,
+                              place.column + s * place.slot_columns, static_cast<int>(sizes.out_w), values, sums[i][s]);
 }
 
 template <class C>
-__device__ __forceinline__ void direct_nchw(const typename C::Element* x, const typename C::Element* w,
-                                            const typename C::Element* b, typename C::Element* y, const Sizes& sizes,
+__device__ __forceinline__ void direct_nchw(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
                                             const DirectNchwTiling& tiling) {
-    using Columns = StripColumns<C>;
-    using Sum = typename Accumulator<typename C::Element>::Type;
-    static_assert(C::kThreads % 32 == 0, "kThreads must be whole warps: all lanes take part in shuffles");
-    static_assert(Columns::kOwn % C::kLoadVector == 0, "kLoadVector must divide the columns a lane owns");
+    static_assert(C::kVector * C::kStrideW % C::kLoadVector == 0, "kLoadVector must divide the columns between lanes");
     static_assert(C::kVector % C::kStoreVector == 0, "kStoreVector must divide kVector");
-    static_assert(!C::kWholeWindow || Columns::kLeftLanes + Columns::kRightLanes <= 32,
-                  "the halo is loaded by distinct lanes: use wider vectors");
 
-    const StripPlace place = strip_place<C>(tiling.strips);
-    const typename C::Element* plane =
-        x + place.image * sizes.x_image + place.channel / C::kMultiplier * sizes.x_channel;
-    const typename C::Element* taps = w + place.channel * (C::kFilterH * C::kFilterW);
-    Sum sums[C::kRows][C::kSlots][C::kVector];
-    start_sums<C>(b, place, sums);
+    const unsigned thread = blockIdx.x * C::kThreads + threadIdx.x;
+    const unsigned strip = tiling.lanes.quotient(thread);
+    if (strip >= tiling.strips) return;
+    const unsigned lanes = tiling.lanes.divisor, lane = thread - strip * lanes;
+    const unsigned column_strip = tiling.row_strips.quotient(strip);
+    const unsigned plane = tiling.column_strips.quotient(column_strip);
+    const unsigned image = tiling.out_channels.quotient(plane);
+    const unsigned strip_columns = lanes * (C::kSlots * C::kVector);
+    DirectNchwPlace place;
+    place.image = image;
+    place.channel = plane - image * tiling.out_channels.divisor;
+    place.row = (strip - column_strip * tiling.row_strips.divisor) * C::kRows;
+    place.column = (column_strip - plane * tiling.column_strips.divisor) * strip_columns + lane * C::kVector;
+    place.slot_columns = lanes * C::kVector;
+
+    const typename C::Element* x =
+        tensors.x + place.image * sizes.x_image + place.channel / C::kMultiplier * sizes.x_channel;
+    const typename C::Element* w = tensors.w + place.channel * (C::kFilterH * C::kFilterW);
+    const long long at = (plane * sizes.out_h + place.row) * sizes.out_w + place.column;
     if constexpr (C::kWholeWindow)
-        sum_from_registers<C>(plane, taps, sizes, place, sums);
+        make_from_registers<C>(tensors, sizes, place, x, w, at);
     else
-        sum_tap_by_tap<C>(plane, taps, sizes, place, sums);
-
-    store_sums<C>(y, sizes, place, sums);
+        make_tap_by_tap<C>(tensors, sizes, place, x, w, at);
 }
 
 }  // namespace dwconv
 
 // ---- border: everything above is templates; here the -D defines of one specialisation become its Config ----
 
-#ifndef DWCONV_CONSTANTS  // defaults that keep this file valid in an editor: 3x3 float32, aligned rows
-#define DWCONV_ELEMENT float
-#define DWCONV_FILTER_H 3
-#define DWCONV_FILTER_W 3
-#define DWCONV_STRIDE_H 1
-#define DWCONV_STRIDE_W 1
-#define DWCONV_PAD_TOP 1
-#define DWCONV_PAD_LEFT 1
-#define DWCONV_DILATION_H 1
-#define DWCONV_DILATION_W 1
-#define DWCONV_MULTIPLIER 1
-#define DWCONV_HAS_BIAS 0
+#include "config.cuh"
+
+#ifndef DWCONV_CONSTANTS  // defaults of the tile
 #define DWCONV_THREADS 256
 #define DWCONV_MIN_BLOCKS 1
 #define DWCONV_SLOTS 1
@@ -153,31 +310,20 @@ __device__ __forceinline__ void direct_nchw(const typename C::Element* x, const 
 #define DWCONV_ROWS 4
 #define DWCONV_LOAD_VECTOR 4
 #define DWCONV_STORE_VECTOR 4
-#define DWCONV_COLUMN_SHIFT 0
 #define DWCONV_WHOLE_WINDOW 1
-#define DWCONV_WHOLE_ROWS 0
 #endif
 
-struct Config {
-    using Element = DWCONV_ELEMENT;
-    static constexpr int kFilterH = DWCONV_FILTER_H, kFilterW = DWCONV_FILTER_W;
-    static constexpr int kStrideH = DWCONV_STRIDE_H, kStrideW = DWCONV_STRIDE_W;
-    static constexpr int kPadTop = DWCONV_PAD_TOP, kPadLeft = DWCONV_PAD_LEFT;
-    static constexpr int kDilationH = DWCONV_DILATION_H, kDilationW = DWCONV_DILATION_W;
-    static constexpr int kMultiplier = DWCONV_MULTIPLIER;
-    static constexpr bool kHasBias = DWCONV_HAS_BIAS;
+struct Config : ProblemConfig {
     static constexpr int kThreads = DWCONV_THREADS, kMinBlocks = DWCONV_MIN_BLOCKS;
     static constexpr int kSlots = DWCONV_SLOTS, kVector = DWCONV_VECTOR;
     static constexpr int kRows = DWCONV_ROWS;
     static constexpr int kLoadVector = DWCONV_LOAD_VECTOR, kStoreVector = DWCONV_STORE_VECTOR;
-    static constexpr int kColumnShift = DWCONV_COLUMN_SHIFT;
-    static constexpr bool kWholeWindow = DWCONV_WHOLE_WINDOW, kWholeRows = DWCONV_WHOLE_ROWS;
+    static constexpr bool kWholeWindow = DWCONV_WHOLE_WINDOW;
 };
 
 using Tiling = dwconv::DirectNchwTiling;
 
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
-    dwconv_kernel(const Config::Element* x, const Config::Element* w, const Config::Element* b, Config::Element* y,
-                  const dwconv::Sizes sizes, const Tiling tiling) {
-    dwconv::direct_nchw<Config>(x, w, b, y, sizes, tiling);
+    dwconv_kernel(const dwconv::Tensors<Config::Element> tensors, const dwconv::Sizes sizes, const Tiling tiling) {
+    dwconv::direct_nchw<Config>(tensors, sizes, tiling);
 }

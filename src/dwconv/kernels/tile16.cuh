@@ -5,7 +5,7 @@
 //   grid = (column tiles, row tiles, planes), y and z folded to at most 65535: blocks step on by the grid's size
 //   least DRAM traffic: x + w + y, once each; every input is read KH*KW times from L1
 #pragma once
-#include "common.cuh"
+#include "epilogue.cuh"
 
 namespace dwconv {
 
@@ -14,8 +14,7 @@ struct Tile16Tiling {
 };
 
 template <class C>
-__device__ __forceinline__ void tile16(const typename C::Element* x, const typename C::Element* w,
-                                       const typename C::Element* b, typename C::Element* y, const Sizes& sizes,
+__device__ __forceinline__ void tile16(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
                                        const Tile16Tiling& tiling) {
     using Sum = typename Accumulator<typename C::Element>::Type;
     static_assert(C::kThreads == 256, "kThreads must be 256: a block is a tile of 16x16 outputs");
@@ -24,9 +23,11 @@ __device__ __forceinline__ void tile16(const typename C::Element* x, const typen
     for (long long plane = blockIdx.z; plane < sizes.planes; plane += gridDim.z) {
         const long long channel = plane % sizes.out_channels;
         const long long image = plane / sizes.out_channels;
-        const typename C::Element* input = x + image * sizes.x_image + channel / C::kMultiplier * sizes.x_channel;
-        const typename C::Element* filter = w + channel * (C::kFilterH * C::kFilterW);
-        const Sum bias = C::kHasBias ? static_cast<Sum>(b[channel]) : Sum(0);
+        const typename C::Element* input =
+            tensors.x + image * sizes.x_image + channel / C::kMultiplier * sizes.x_channel;
+        const typename C::Element* filter = tensors.w + channel * (C::kFilterH * C::kFilterW);
+        const Sum bias = C::kHasBias ? static_cast<Sum>(tensors.b[channel]) : Sum(0);
+        const auto values = channel_values<C>(tensors, channel);
         for (long long tile = blockIdx.y; tile < tiling.row_tiles; tile += gridDim.y) {
             const long long i = tile * 16 + threadIdx.y;
             if (i >= sizes.out_h) break;
@@ -41,7 +42,7 @@ __device__ __forceinline__ void tile16(const typename C::Element* x, const typen
                            static_cast<Sum>(input[row * sizes.x_row + column]);
                 }
             }
-            y[(plane * sizes.out_h + i) * sizes.out_w + j] = static_cast<typename C::Element>(sum);
+            store_outputs<C, 1, 0>(tensors, (plane * sizes.out_h + i) * sizes.out_w + j, &sum, &values);
         }
     }
 }
@@ -50,36 +51,19 @@ __device__ __forceinline__ void tile16(const typename C::Element* x, const typen
 
 // ---- border: everything above is templates; here the -D defines of one specialisation become its Config ----
 
-#ifndef DWCONV_CONSTANTS  // defaults that keep this file valid in an editor: 3x3 float32
-#define DWCONV_ELEMENT float
-#define DWCONV_FILTER_H 3
-#define DWCONV_FILTER_W 3
-#define DWCONV_STRIDE_H 1
-#define DWCONV_STRIDE_W 1
-#define DWCONV_PAD_TOP 1
-#define DWCONV_PAD_LEFT 1
-#define DWCONV_DILATION_H 1
-#define DWCONV_DILATION_W 1
-#define DWCONV_MULTIPLIER 1
-#define DWCONV_HAS_BIAS 0
+#include "config.cuh"
+
+#ifndef DWCONV_CONSTANTS  // defaults of the tile
 #define DWCONV_THREADS 256
 #endif
 
-struct Config {
-    using Element = DWCONV_ELEMENT;
-    static constexpr int kFilterH = DWCONV_FILTER_H, kFilterW = DWCONV_FILTER_W;
-    static constexpr int kStrideH = DWCONV_STRIDE_H, kStrideW = DWCONV_STRIDE_W;
-    static constexpr int kPadTop = DWCONV_PAD_TOP, kPadLeft = DWCONV_PAD_LEFT;
-    static constexpr int kDilationH = DWCONV_DILATION_H, kDilationW = DWCONV_DILATION_W;
-    static constexpr int kMultiplier = DWCONV_MULTIPLIER;
-    static constexpr bool kHasBias = DWCONV_HAS_BIAS;
+struct Config : ProblemConfig {
     static constexpr int kThreads = DWCONV_THREADS;
 };
 
 using Tiling = dwconv::Tile16Tiling;
 
 extern "C" __global__ void __launch_bounds__(Config::kThreads)
-    dwconv_kernel(const Config::Element* x, const Config::Element* w, const Config::Element* b, Config::Element* y,
-                  const dwconv::Sizes sizes, const Tiling tiling) {
-    dwconv::tile16<Config>(x, w, b, y, sizes, tiling);
+    dwconv_kernel(const dwconv::Tensors<Config::Element> tensors, const dwconv::Sizes sizes, const Tiling tiling) {
+    dwconv::tile16<Config>(tensors, sizes, tiling);
 }

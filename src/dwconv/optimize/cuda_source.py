@@ -7,20 +7,22 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 from ..errors import DepthwiseError
+from ..plan import Constants
 from ..sources import kernel_source, without_includes
 from .find import Configuration
+from .launches import host_text, launch_texts
 from .specialise import Specialisation
 
 _EXTENSION = "dwconv_extension"
+_PROBLEM_CONFIG = "config.cuh"  # of every kernel file; here the specialisations' configurations stand for it
 _SIZES_OF = """\
 template <class C>
 dwconv::Sizes sizes_of(const Call& call) {
     const long long plane = call.in_h * call.in_w, filters = call.channels * C::kMultiplier;
-    return {call.images * filters, filters, call.in_h, call.in_w, call.out_h, call.out_w,
-            call.channels * plane, plane, call.in_w};
+    return {call.images * filters, filters, 1, call.in_h, call.in_w, 1, call.out_h, call.out_w,
+            call.channels * plane, plane, 0, call.in_w, 1};
 }"""
 
 
@@ -62,20 +64,6 @@ def extension_source(made: Sequence[Specialisation]) -> ExtensionSource:
     )
 
 
-def host_text(name: str) -> str:
-    """A part that exported files are made of."""
-    return (resources.files(__package__) / "host" / name).read_text(encoding="utf-8")
-
-
-def launch_texts(stems: Iterable[str]) -> list[str]:
-    """The host's side of these variants: what all launches share, what their kernels' includes share, and their own."""
-    stems = list(stems)
-    included = (name for stem in stems for name, _ in kernel_source(stem).includes)
-    names = dict.fromkeys(["launch.cuh", *included, *(f"{stem}.cuh" for stem in stems)])
-    folder = resources.files(__package__) / "host"
-    return [host_text(name) for name in names if (folder / name).is_file()]
-
-
 def _filled(text: str, **parts: str) -> str:
     for name, part in parts.items():
         text = text.replace(f"/*{name}*/", part.strip())
@@ -88,7 +76,8 @@ def _cuda(made: Sequence[Specialisation]) -> str:
     parts: dict[str, str] = {}
     for stem in stems:
         for name, text in kernel_source(stem).includes:
-            parts.setdefault(name, without_includes(text))
+            if name != _PROBLEM_CONFIG:
+                parts.setdefault(name, without_includes(text))
     sections = [*parts.values(), *(kernel_source(stem).template for stem in stems)]
     sections += launch_texts(stems)
     sections.append(
@@ -114,38 +103,48 @@ namespace {{
 {_config(s, config)}
 
 __global__ void {launch_bounds}
-{kernel}(const float* x, const float* weight, const float* bias, float* y,
+{kernel}(const dwconv::Tensors<float> tensors,
 {" " * len(kernel)} const dwconv::Sizes sizes, const dwconv::{tiling} tiling) {{
-    dwconv::{stem}<{config}>(x, weight, bias, y, sizes, tiling);
+    dwconv::{stem}<{config}>(tensors, sizes, tiling);
 }}
 }}  // namespace
 
 bool {s.name}(const Call& call) {{
+    const dwconv::Tensors<float> tensors = {{call.x, call.weight, call.bias, call.y}};
     const dwconv::Sizes sizes = sizes_of<{config}>(call);
     const auto launch = dwconv::{stem}_launch<{config}>(sizes, call.x);
-    if (launch.possible)
+    const bool possible = launch.possible && dwconv::may_share({kernel}, launch.shared_bytes);
+    if (possible)
         {kernel}<<<launch.grid, launch.block, launch.shared_bytes, call.stream>>>(
-            call.x, call.weight, call.bias, call.y, sizes, launch.tiling);
-    return launch.possible;
+            tensors, sizes, launch.tiling);
+    return possible;
 }}"""
 
 
 def _config(s: Specialisation, name: str) -> str:
-    """The variant's own `Config`, its macros replaced by their values."""
-    found = re.search(r"^struct Config \{.*?^\};", kernel_source(s.plan.variant).border, re.MULTILINE | re.DOTALL)
-    if found is None:
-        raise DepthwiseError(f"kernels/{s.plan.variant}.cuh has no `struct Config {{...}};` below its border")
-    values = dict(s.plan.constants)
+    """A struct of everything that is known at compile time: the problem's constants, then the tile's."""
+    return f"struct {name} {{\n{config_members(s.plan.variant, s.plan.constants)}\n}};"
 
-    def value(match: re.Match[str]) -> str:
-        return str(values[match.group(1)])
 
+def config_members(stem: str, constants: Constants) -> str:
+    """The members of `ProblemConfig` and of the variant's own `Config`, their macros replaced by values."""
+    source = kernel_source(stem)
+    texts = (dict(source.includes).get(_PROBLEM_CONFIG, ""), source.border)
+    patterns = (r"^struct ProblemConfig \{\n(.*?)^\};", r"^struct Config : ProblemConfig \{\n(.*?)^\};")
+    values = {f"DWCONV_{key}": str(value) for key, value in constants}
     lines = []
-    for line in found.group().replace("struct Config {", f"struct {name} {{").splitlines():
-        line = re.sub(r"DWCONV_(\w+)", value, line)
-        if " bool " in line:
-            line = re.sub(r"= 0\b", "= false", re.sub(r"= 1\b", "= true", line))
-        lines.append(line)
+    for text, pattern in zip(texts, patterns, strict=True):
+        found = re.search(pattern, text, re.MULTILINE | re.DOTALL)
+        if found is None:
+            raise DepthwiseError(
+                f'kernels/{stem}.cuh must have `#include "{_PROBLEM_CONFIG}"` and a `struct Config : ProblemConfig '
+                "{...};` below its border"
+            )
+        for line in found[1].rstrip().splitlines():
+            line = re.sub(r"\bDWCONV_\w+", lambda match: values[match[0]], line)
+            if " bool " in line:
+                line = re.sub(r"= 0\b", "= false", re.sub(r"= 1\b", "= true", line))
+            lines.append(line)
     return "\n".join(lines)
 
 

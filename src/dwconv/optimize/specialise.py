@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..choose import choose
+from ..choose import candidates, choose
 from ..compile import compile_many, compiled_plan
 from ..device import DeviceSpec
 from ..errors import DepthwiseError
 from ..plan import Constants, Plan
 from ..problem import DepthwiseProblem
 from .find import Configuration, Found, LeftAlone, normalised
+from .launches import has_launch
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,19 @@ class Specialisation:
         return tuple(dict.fromkeys(use.problem.size for use in self.uses))
 
 
+def best_exportable(problem: DepthwiseProblem, device: DeviceSpec) -> Plan:
+    """The plan with the least predicted time, of the variants that can stand in an exported file.
+
+    Raises:
+        DepthwiseError: there is none.
+    """
+    for plan in candidates(problem, device):
+        if isinstance(plan, Plan) and has_launch(plan.variant):
+            return plan
+    plan = choose(problem, device)
+    raise DepthwiseError(f"kernels of {plan.variant} can't be exported, and no other takes this problem ({problem})")
+
+
 def specialise(found: Iterable[Found], device: DeviceSpec) -> tuple[tuple[Specialisation, ...], tuple[LeftAlone, ...]]:
     """Plans every problem. Layers for whose problems no kernel is legal come back as left alone, with the reason.
 
@@ -72,7 +86,7 @@ def specialise(found: Iterable[Found], device: DeviceSpec) -> tuple[tuple[Specia
         reasons, plans = [], []
         for problem in layer.problems:
             try:
-                plans.append(choose(problem, device))
+                plans.append(best_exportable(problem, device))
             except DepthwiseError as error:
                 reasons.append(str(error))
         chosen.append((layer, plans))

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from .base import Variant
 from .direct_nchw import DirectNchw
+from .direct_nhwc import DirectNhwc
 from .one_per_thread import OnePerThread
+from .staged_nchw import StagedNchw
 from .tile16 import Tile16
+from .volume_ncdhw import VolumeNcdhw
+from .volume_ndhwc import VolumeNdhwc
 from .wide_nchw import WideNchw
+from .wide_nhwc import WideNhwc
 
 REGISTRY: dict[str, Variant] = {
-    variant.stem: variant for variant in (DirectNchw(), WideNchw(), OnePerThread(), Tile16())
+    variant.stem: variant
+    for variant in (
+        DirectNchw(),
+        WideNchw(),
+        StagedNchw(),
+        DirectNhwc(),
+        WideNhwc(),
+        VolumeNcdhw(),
+        VolumeNdhwc(),
+        OnePerThread(),
+        Tile16(),
+    )
 }
 
 __all__ = ["REGISTRY", "Variant"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection
-from ..problem import DepthwiseProblem
+from ..problem import DTYPE_BYTES, DepthwiseProblem, Layout
 from ..roofline import LAUNCH_SECONDS, roofline
 
 GRID_X_LIMIT = 2**31 - 1
@@ -21,10 +21,15 @@ class Variant(ABC):
     Attributes:
         stem: its name.
         technique: what it does, in one sentence that a user can read.
+        dims: spatial dimensions it takes; a problem of one dimension comes to it with two, the first of one row.
+        layouts, dtypes: what it takes.
     """
 
     stem: ClassVar[str]
     technique: ClassVar[str]
+    dims: ClassVar[tuple[int, ...]] = (2,)
+    layouts: ClassVar[tuple[Layout, ...]] = ("channels_first",)
+    dtypes: ClassVar[tuple[str, ...]] = tuple(DTYPE_BYTES)
 
     @abstractmethod
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
@@ -35,18 +40,24 @@ class Variant(ABC):
         return [plan for plan in self.candidates(problem, device) if isinstance(plan, Plan)]
 
     def unsupported(self, problem: DepthwiseProblem) -> str | None:
-        """Why no tile of a two-dimensional, channels-first forward variant can serve the problem; None if one might."""
+        """Why no tile of the variant can serve the problem; None if one might."""
         if problem.direction != "forward":
             return f"computes forward only, not {problem.direction}"
-        if problem.dims != 2:
-            return f"takes two spatial dimensions, the problem has {problem.dims}"
-        if problem.layout != "channels_first":
-            return f"takes channels_first memory, not {problem.layout}"
-        if problem.dtype != "float32":
-            return f"takes float32, not {problem.dtype}"
-        if problem.plane_strides[-1] != 1:
+        if problem.dims not in self.dims:
+            return f"takes {_listed(self.dims)} spatial dimensions, the problem has {problem.dims}"
+        if problem.layout not in self.layouts:
+            return f"takes {_listed(self.layouts)} memory, not {problem.layout}"
+        if problem.dtype not in self.dtypes:
+            return f"takes {_listed(self.dtypes)}, not {problem.dtype}"
+        if problem.layout == "channels_first" and problem.plane_strides[-1] != 1:
             return "neighbouring columns of x must be neighbours in memory"
+        if problem.layout == "channels_last" and problem.plane_strides[1] != 1:
+            return "neighbouring channels of x must be neighbours in memory"
         return None
+
+
+def _listed(values: Sequence[object]) -> str:
+    return " or ".join(map(str, values))
 
 
 def tap_by_tap_seconds(

@@ -1,26 +1,27 @@
-"""direct_nchw: a tile's rows wait in registers; the fast channels-first variant."""
+"""direct_nchw: everything that a tile reads waits in registers; the fast channels-first variant for small filters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
-from .base import Variant, tap_by_tap_seconds
-from .strips import Columns, Strips, lanes_of, place_columns, too_long, vector_limits, window_rows
+from .base import GRID_X_LIMIT, Variant, tap_by_tap_seconds
 
-MAX_REGISTERS = 150  # rows, sums, filter and window of a thread; ptxas needs some more, and 255 is the most there are
-MAX_TAPS = 25  # filter taps that fit in registers beside them
-NARROW = 256  # columns of rows that one strip may own whole
+MAX_REGISTERS = 190  # rows, sums and filter of a thread; ptxas needs some more, and 255 is the most there are
+MAX_TAPS = 31  # filter taps that fit in registers beside them
+MAX_LANES = 32  # of a strip: narrow strips are tall ones, whose halo rows meet in L1; sequences have none
+NARROW = 32  # images of fewer columns get tiles of their own
+WIDE = 256  # and so do images of more columns, where float32 has 3x3 filters
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """The free choices. A lane makes `slots` times `vector` neighbouring outputs in each of `rows` rows.
+    """The free choices. A thread makes `slots` times `vector` outputs in each of `rows` rows.
 
     Attributes:
         whole_window: all rows are loaded before the first use; else a tap at a time from L1.
@@ -35,64 +36,132 @@ class Tile:
     rows: int
     load_vector: int = 1
     store_vector: int = 1
-    threads: int = 256
+    threads: int = 128
     min_blocks: int = 1
 
     def __str__(self) -> str:
         how = "all rows loaded first" if self.whole_window else "tap by tap"
         least = f", {self.min_blocks} blocks or more" if self.min_blocks > 1 else ""
         return (
-            f"{self.rows} rows × {self.slots}·{self.vector} columns a lane, loads of {4 * self.load_vector} B, "
-            f"stores of {4 * self.store_vector} B, {how}, {self.threads} threads{least}"
+            f"{self.rows} rows × {self.slots}·{self.vector} columns a thread, loads of {self.load_vector} elements, "
+            f"stores of {self.store_vector}, {how}, {self.threads} threads{least}"
         )
 
 
-def registers(problem: DepthwiseProblem, tile: Tile, columns: Columns, whole_rows: bool) -> int:
-    """Estimate of a thread's registers: input rows, sums, filter, the window of one row, and addresses."""
-    row = tile.slots * columns.own + (0 if whole_rows else columns.halo_registers)
-    sums = tile.rows * tile.slots * tile.vector
-    return window_rows(problem, tile.rows) * row + sums + problem.taps + columns.span + 4
+def power_of_two(n: int) -> int:
+    """The largest power of two that divides n."""
+    return n & -n
 
 
-def is_narrow(problem: DepthwiseProblem) -> bool:
-    """Whether one strip of 32 lanes may own whole rows of 16-byte vectors, so that there is no halo to load."""
-    return vector_limits(problem)[0] == 4 and problem.size[1] <= NARROW
+def vector_limits(problem: DepthwiseProblem) -> tuple[int, int]:
+    """Elements that one load and one store may move, 16 bytes or less, as addresses of rows allow.
 
-
-def representative(problem: DepthwiseProblem) -> DepthwiseProblem:
-    """The large problem whose best tile all problems with the same constants and alignment get.
-
-    Sizes are run-time arguments; were the tile to follow them, every other image size would compile a new kernel.
+    Stores are kept to what the class of the loads nearly implies, which leaves fewer kernels to compile.
     """
-    reach_h, reach_w = ((taps - 1) * apart + 1 for taps, apart in zip(problem.filter, problem.dilation, strict=True))
-    size = (max(512, reach_h), max(NARROW if is_narrow(problem) else 512, reach_w))
-    return replace(problem, batch=16, channels=64, size=size, x_strides=())
+    elements = min(problem.aligned, 16) // problem.element_bytes
+
+    def limit(*strides: int) -> int:
+        return power_of_two(math.gcd(elements, *strides))
+
+    x_image, x_channel, *_, x_row, _ = problem.plane_strides
+    load, stride = limit(problem.size[1], x_image, x_channel, x_row), problem.stride[1]
+    implied = 2 * load if stride == 1 and load > 1 else load // stride if stride in (1, 2, 4) else 1
+    return load, max(1, min(limit(problem.out_size[1]), implied))
 
 
-def window_tile(problem: DepthwiseProblem, vector: int, slots: int, rows: int, threads: int, min_blocks: int) -> Tile:
+def window_tile(
+    problem: DepthwiseProblem, vector: int, slots: int, rows: int, threads: int = 128, min_blocks: int = 1
+) -> Tile:
     """A tile that loads all rows first, with the widest loads and stores that the problem's alignment allows."""
     load_limit, store_limit = vector_limits(problem)
-    load = max(v for v in (1, 2, 4) if v <= load_limit and (vector * problem.stride[1]) % v == 0)
-    return Tile(True, vector, slots, rows, load, min(store_limit, vector), threads, min_blocks)
+    load = min(load_limit, power_of_two(vector * problem.stride[1]))
+    return Tile(True, vector, slots, rows, load, min(store_limit, power_of_two(vector)), threads, min_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadColumns:
+    """Twin of `ReadColumns` in the kernel: what one slot reads of a row, in cells that one instruction loads at most.
+
+    Attributes:
+        columns: that its outputs read.
+        loads: instructions that load them.
+        words: 32-bit registers that hold them until they are used.
+    """
+
+    columns: int
+    loads: int
+    words: int
+
+    @classmethod
+    def of(cls, problem: DepthwiseProblem, tile: Tile) -> ReadColumns:
+        taps, stride, dilation = problem.filter[1], problem.stride[1], problem.dilation[1]
+        first, cell = -problem.padding[1][0], tile.load_vector
+        read = {first + o * stride + v * dilation for o in range(tile.vector) for v in range(taps)}
+        loaded = {column // cell: cell for column in read}
+        left, right = min(loaded), max(loaded)
+        if left < right:  # of the outermost cells, a piece
+            loaded[left] = 1 << ((left + 1) * cell - min(read) - 1).bit_length()
+            loaded[right] = 1 << (max(read) - right * cell).bit_length()
+        words = sum(-(-columns * problem.element_bytes // 4) for columns in loaded.values())
+        return cls(len(read), len(loaded), words)
+
+
+def read_rows(problem: DepthwiseProblem, rows: int) -> int:
+    """Input rows that `rows` neighbouring output rows read."""
+    taps, stride, dilation = problem.filter[0], problem.stride[0], problem.dilation[0]
+    return len({i * stride + u * dilation for i in range(rows) for u in range(taps)})
+
+
+def registers(problem: DepthwiseProblem, tile: Tile) -> int:
+    """Estimate of a thread's registers: input rows, sums of unfinished rows, filter, converted columns, addresses."""
+    columns, words = ReadColumns.of(problem, tile), max(1, problem.element_bytes // 4)
+    reach = (problem.filter[0] - 1) * problem.dilation[0] + 1
+    unfinished = min(tile.rows, -(-reach // problem.stride[0]))
+    sums = ((unfinished - 1) * tile.slots + 1) * tile.vector + problem.taps
+    sums += min(columns.columns, 24) if problem.element_bytes == 2 else 0
+    return read_rows(problem, tile.rows) * tile.slots * columns.words + words * sums + 16
 
 
 class DirectNchw(Variant):
     stem = "direct_nchw"
     technique = (
-        "each thread loads all input rows of a small output tile with wide, coalesced loads before it uses the first, "
-        "takes its neighbours' columns by warp shuffle, and sums in registers"
+        "each thread loads everything that a small tile of outputs reads, with wide loads side by side over the warp, "
+        "before it uses the first of it, and sums in registers"
     )
 
     def tiles(self, problem: DepthwiseProblem) -> Iterator[Tile]:
-        """Every tile that the problem's alignment allows, whether its registers suffice or not."""
-        load_limit, _ = vector_limits(problem)
-        # rows, threads and blocks that measured best, each on some problem (docs/measurements.md)
-        shapes = [(3, 192, 1), (4, 256, 1), (2, 128, 1), (1, 128, 1)]
-        if problem.taps >= 15 and is_narrow(problem):
-            shapes.insert(0, (4, 96, 7))  # where arithmetic takes its time, more warps with fewer registers hide it
-        for vector, slots in ((4, 2), (4, 1)) if load_limit == 4 else ((4, 2), (2, 2), (2, 4), (1, 4), (1, 8)):
-            for rows, threads, blocks in shapes:
-                yield window_tile(problem, vector, slots, rows, threads, blocks)
+        """Tiles in the order of their measured speed; the first whose registers suffice serves all sizes.
+
+        They follow from the filter, the alignment of rows and a class of widths alone: sizes are run-time arguments,
+        and were the tile to follow them, every other image size would compile a new kernel.
+        """
+        load, _ = vector_limits(problem)
+        most, half = 16 // problem.element_bytes, problem.element_bytes == 2
+        stride, width = problem.stride[1], problem.size[1]
+        sequence = problem.size[0] == problem.filter[0] == 1
+        # Neighbours' loads are contiguous where a thread owns what one load brings. Of wider rows that are less aligned
+        # it owns more, for fewer instructions an output.
+        vector = max(1, load // stride)
+        if stride == 1 and width >= NARROW:
+            vector = min(most, (4 if sequence else 2) * load)
+        min_blocks = 5 if half and load == most and problem.taps <= 9 else 1
+        if sequence:  # slots instead of rows
+            if problem.taps > 16:
+                yield window_tile(problem, 2 * vector, 3, 1, 128, 4) if half else window_tile(problem, 2 * vector, 2, 1)
+                yield window_tile(problem, 2 * vector, 1, 1)
+            yield window_tile(problem, vector, 2, 1)
+            rows = [1]
+        elif problem.filter[0] == 1 or problem.dilation[0] > 3:  # neighbouring rows share hardly any input
+            rows = [2, 1]
+        else:
+            if load == 4 and problem.taps <= 9 and stride == 1 and width > WIDE and not half:
+                yield window_tile(problem, vector, 2, 3, 192)
+            # 7 divides the heights of most networks' images: 7, 14, 28, 56, 112. Long rows of the filter make a row of
+            # the image cost more, which is shared by more rows of outputs.
+            rows = [8 if problem.filter[1] > 5 and not half else 7, 4, 2, 1]
+        for count in rows:
+            yield window_tile(problem, vector, 1, count, 128, min_blocks)
+        yield window_tile(problem, 1, 1, rows[-1])  # for strides and dilations that leave room for no more
         yield Tile(False, 1, 4, 2)
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
@@ -101,23 +170,15 @@ class DirectNchw(Variant):
         return [plan for plan in plans if isinstance(plan, Plan)]
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        best, seconds = None, math.inf
-        large_problem = representative(problem)
-        for tile in self.tiles(problem):
-            large = self.plan(large_problem, device, tile)
-            # tiles come in the order of their measured speed: the model must promise more than its noise to change it
-            if isinstance(large, Plan) and tile.whole_window and large.predicted_seconds < 0.97 * seconds:
-                best, seconds = tile, large.predicted_seconds
+        first: str | None = None
         for tile in self.tiles(problem):
             plan = self.plan(problem, device, tile)
-            if isinstance(plan, Plan) and tile.whole_window and tile != best:
-                yield Rejection(
-                    self.stem,
-                    str(tile),
-                    "another tile is faster on large images; one serves all sizes, so that few kernels are compiled",
-                )
-            else:
+            if first is None or isinstance(plan, Rejection):
                 yield plan
+            else:
+                yield Rejection(self.stem, str(tile), f"comes behind {first}; one serves all sizes, for few kernels")
+            if first is None and isinstance(plan, Plan):
+                first = str(tile)
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
         """The plan of one tile, or why it is not legal."""
@@ -125,35 +186,24 @@ class DirectNchw(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
-        if reason := too_long(problem):
-            return rejected(reason)
-        own_only = Columns(tile.vector * problem.stride[1], 0, 0, 0)
-        columns = place_columns(problem, tile.vector, tile.load_vector) if tile.whole_window else own_only
-        if columns.halo_lanes > 32:
-            return rejected(f"the halo needs {columns.halo_lanes} lanes to load it; a warp has 32")
-        # Where one strip owns every column of a row, what lies beyond it is padding: there is no halo to load.
-        owned = columns.shift + 32 * tile.slots * columns.own
-        whole_rows = tile.whole_window and is_narrow(problem) and columns.shift <= 0 and owned >= problem.size[1]
-        width = -(-(problem.size[1] - columns.shift) // problem.stride[1]) if whole_rows else 0
-        width = max(width, problem.out_size[1])
-        if whole_rows and width > 32 * tile.slots * tile.vector:
-            return rejected(f"rows of {width} columns are wider than the {32 * tile.slots * tile.vector} of a strip")
-        lanes = lanes_of(width, tile.slots * tile.vector, columns.halo_lanes, whole_rows)
         if tile.whole_window:
-            needed = registers(problem, tile, columns, whole_rows)
-            if needed > MAX_REGISTERS:
-                return rejected(f"needs about {needed} registers a thread; {MAX_REGISTERS} is the most")
-            most = register_limit(device, tile)
-            if needed > 1.55 * most:
-                return rejected(f"needs about {needed} registers a thread, too many to get by with {most}")
             if problem.taps > MAX_TAPS:
                 return rejected(
                     f"the filter's {problem.taps} taps don't fit in registers beside the rows; {MAX_TAPS} do"
                 )
-        strips = Strips.of(problem, lanes, lanes * tile.slots * tile.vector, tile.rows)
-        if reason := strips.too_many(tile.threads):
-            return rejected(reason)
-        blocks = strips.blocks(tile.threads)
+            needed = registers(problem, tile)
+            if needed > MAX_REGISTERS:
+                return rejected(f"needs about {needed} registers a thread; {MAX_REGISTERS} is the most")
+        out_h, out_w = problem.out_size
+        lanes, column_strips = strips_of(out_w, tile, problem.filter[0] > 1)
+        row_strips = -(-out_h // tile.rows)
+        longest = max(*problem.size, *problem.out_size) + max(problem.padding[0] + problem.padding[1])
+        beyond = (lanes * tile.slots * tile.vector + tile.rows) * max(problem.stride)
+        if longest + beyond >= 2**31:
+            return rejected(f"a padded row or column of {longest} elements is too long to be numbered in 31 bits")
+        strips = problem.batch * problem.out_channels * column_strips * row_strips
+        if strips * lanes > GRID_X_LIMIT - tile.threads:
+            return rejected(f"{strips * lanes} threads can't be numbered in 31 bits")
         constants = problem_constants(problem) | {
             "THREADS": tile.threads,
             "MIN_BLOCKS": tile.min_blocks,
@@ -162,72 +212,85 @@ class DirectNchw(Variant):
             "ROWS": tile.rows,
             "LOAD_VECTOR": tile.load_vector,
             "STORE_VECTOR": tile.store_vector,
-            "COLUMN_SHIFT": columns.shift,
             "WHOLE_WINDOW": int(tile.whole_window),
-            "WHOLE_ROWS": int(whole_rows),
         }
         return Plan(
             problem=problem,
             device=device,
             variant=self.stem,
             constants=tuple(sorted(constants.items())),
-            grid=(blocks, 1, 1),
+            grid=(max(1, -(-strips * lanes // tile.threads)), 1, 1),
             block=(tile.threads, 1, 1),
             shared_bytes=0,
             sizes=problem_sizes(problem),
-            tiling=strips.tiling,
+            tiling=(
+                *fast_divisor(lanes),
+                *fast_divisor(row_strips),
+                *fast_divisor(column_strips),
+                *fast_divisor(problem.out_channels),
+                strips,
+            ),
             tile=f"{tile}, {lanes} lanes",
             predicted_seconds=(
-                window_seconds(problem, device, tile, columns, whole_rows, blocks)
+                window_seconds(problem, device, tile, lanes, strips * lanes)
                 if tile.whole_window
-                else tap_by_tap_seconds(problem, device, strips.threads * 8, instructions_before=15, per_tap=11)
+                else tap_by_tap_seconds(problem, device, strips * lanes * 8, instructions_before=15, per_tap=11)
             ),
         )
 
 
-def register_limit(device: DeviceSpec, tile: Tile) -> int:
-    """Registers that a thread may take if `min_blocks` are to fit.
+def strips_of(out_w: int, tile: Tile, rows_are_shared: bool) -> tuple[int, int]:
+    """Threads side by side in a strip of columns, and strips side by side in a plane: as few idle threads as possible.
 
-    Each of the four parts of a multiprocessor has a quarter of its registers, for whole warps.
+    >>> strips_of(512, Tile(True, 4, 2, 3), True), strips_of(56, Tile(True, 8, 1, 7), True)
+    ((32, 2), (7, 1))
     """
-    if tile.min_blocks == 1:
-        return 248
-    return device.registers // 128 // -(-tile.min_blocks * tile.threads // 128) // 8 * 8
+    in_all = -(-out_w // (tile.slots * tile.vector))
+    strips = -(-in_all // (MAX_LANES if rows_are_shared else 4 * MAX_LANES))
+    return -(-in_all // strips), strips
 
 
-def window_seconds(
-    problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, columns: Columns, whole_rows: bool, blocks: int
-) -> float:
-    """Predicted time of a tile whose rows are all loaded first.
+def window_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, lanes: int, threads: int) -> float:
+    """Predicted time of a tile whose rows are all loaded first: the largest of five times, and a little of the others.
 
-    A multiprocessor works at the cube norm of five times a block, each of which would be the whole time if the others
-    were nothing: DRAM, L2 (halo rows between blocks are read again), L1 and shuffles, instruction issue, and the time
-    from a block's first load to its last store divided by the blocks that share the multiprocessor. Constants were
-    fitted to 1,800 measured tiles of problems 82 to 86 on an H200 (root mean square error 9 %, docs/measurements.md).
+    Constants were fitted to 280 measurements on an H200 (root mean square error 11 %, of the chosen tiles 9 %).
     """
-    vector_bytes = problem.element_bytes * tile.slots * 32
-    in_bytes = tile.rows * problem.stride[0] * columns.own * vector_bytes
-    out_bytes = tile.rows * tile.vector * vector_bytes
-    rows = window_rows(problem, tile.rows)
-    warps = tile.threads // 32
-    bandwidth = device.dram_gbs * 1e9 / device.multiprocessors
+    element, outputs = problem.element_bytes, tile.rows * tile.slots * tile.vector
+    columns, rows = ReadColumns.of(problem, tile), read_rows(problem, tile.rows) * tile.slots
+    loads, stores = rows * columns.loads, outputs / tile.store_vector
+    warps = threads / 32 / device.multiprocessors
 
-    loads = rows * tile.slots * columns.own / tile.load_vector + (0 if whole_rows else rows)
-    stores = tile.rows * tile.slots * tile.vector / tile.store_vector
-    shuffles = rows * tile.slots * (columns.span - columns.own)
-    multiply_adds = tile.rows * tile.slots * tile.vector * problem.taps
-    instructions = multiply_adds + 2 * shuffles + 3 * (loads + stores) + problem.taps + 70
-    wavefronts = problem.element_bytes / 4 * (loads * columns.own + stores * tile.vector)
+    instructions = 83 + outputs * problem.taps * (2 if element == 8 else 1) + 4.5 * loads + 3.2 * stores + 11 * rows
+    if element == 2:
+        instructions += 0.8 * (rows * columns.columns + problem.taps) + outputs / 2  # conversions
+    each = 4 * columns.words / columns.loads  # bytes of a load, on average
+    lines = loads * lines_of(each, tile.vector * problem.stride[1] * element, lanes)
+    lines += stores * lines_of(tile.store_vector * element, tile.vector * element, lanes)
+    resident = min(device.threads / 32, device.registers / 32 / (-(-registers(problem, tile) // 8) * 8))
 
-    dram = warps * (in_bytes / problem.multiplier + out_bytes) / bandwidth
-    block_rows = warps * tile.rows * problem.stride[0]
-    again = (block_rows + (problem.filter[0] - 1) * problem.dilation[0]) / block_rows
-    l2 = warps * (in_bytes * again + out_bytes) / (2 * bandwidth)
-    l1 = warps * (wavefronts + shuffles) / device.clock
-    issue = warps * instructions / (4 * device.clock)
-    alone = device.latency_ns * 1e-9 + dram / 2 + issue
+    in_bytes, out_bytes = (element * math.prod(shape) for shape in (problem.x_shape, problem.y_shape))
+    row_bytes = problem.out_size[1] * element
+    ends = 1 + (32 - math.gcd(row_bytes, 32)) / row_bytes  # sectors of 32 bytes that rows of y share are written twice
+    ends *= 1.35 if tile.store_vector * element < 8 and tile.vector * element == 16 else 1
 
-    each = min(-(-registers(problem, tile, columns, whole_rows) // 8) * 8, register_limit(device, tile))
-    resident = max(1, min(device.registers // 128 // each * 4 // warps, device.threads // tile.threads, 32))
-    norm = math.cbrt(dram**3 + l2**3 + l1**3 + issue**3 + (alone / resident) ** 3)
-    return LAUNCH_SECONDS + alone + norm * max(1.0, blocks / device.multiprocessors)
+    copied = device.dram_gbs * 1e9
+    times = (
+        0.9 * problem.least_bytes / copied,  # DRAM
+        0.925 * (1.08 * in_bytes + ends * out_bytes) / copied,  # L2, with halo rows
+        1.35 * warps * instructions / (4 * device.clock),
+        0.85 * warps * lines / device.clock,  # L1
+        1.1e-9 * device.latency_ns * warps / resident,
+    )
+    # beside staged_nchw's model, over both suites: 6 % more chooses the faster of the two most often (H200, 2026-11)
+    return 2.25 * LAUNCH_SECONDS + math.pow(sum(math.pow(t, 6) for t in times), 1 / 6)
+
+
+def lines_of(width: float, apart: int, lanes: int) -> float:
+    """Cache lines of 128 bytes that one access of a warp touches: `width` bytes, `apart` bytes from lane to lane.
+
+    The L1 looks up one line a clock; strips of few lanes lie in different rows.
+    """
+    together = 32 / max(1.0, width / 4)  # lanes that one pass serves
+    side_by_side = min(lanes, together)
+    stretch = side_by_side * apart
+    return 32 / side_by_side * max(side_by_side / together, stretch / 128 if lanes >= together else 1 + stretch / 128)

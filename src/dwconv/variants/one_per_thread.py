@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from ..device import DeviceSpec
@@ -14,10 +15,12 @@ THREADS = 256
 
 class OnePerThread(Variant):
     stem = "one_per_thread"
+    dims = (2, 3)
+    layouts = ("channels_first", "channels_last")
     technique = "each thread makes one output and reads every input of its window from the L1 cache"
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        outputs = problem.batch * problem.out_channels * problem.out_size[0] * problem.out_size[1]
+        outputs = math.prod(problem.y_shape)
         blocks = min(GRID_X_LIMIT, max(1, -(-outputs // THREADS)))
         yield Plan(
             problem=problem,

@@ -1,126 +1,188 @@
-"""wide_nchw: one input row at a time, the filter in shared memory; for filters too large for registers."""
+"""wide_nchw: planes in shared memory, the filter's taps in registers a line at a time; for filters of any size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
-from .base import Variant
-from .strips import Columns, Strips, columns_at, lanes_of, place_columns, too_long, vector_limits, window_rows
+from .base import GRID_X_LIMIT, Variant
+from .wide_bands import CHUNK, Axis, Band, Tile, band_of
 
-THREADS = 64
-VECTOR = 4  # neighbouring outputs of a lane in a row
-AHEAD = 2  # input rows in flight
-CHUNK = 16  # filter taps of a row that are in registers at a time
-SHARED_LIMIT = 48 * 1024  # more would have to be asked for, kernel by kernel
-LOW = 8  # up to this height, images get strips of 4 rows: 7x7 images and filter reach 0.39 of the limit, not 0.30
-MAX_CHUNKS = 8  # of a filter row; each adds its code to the kernel
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """The free choice: output rows of a thread. 7 divides 7, 14, 28, 56: the heights of most networks' images."""
-
-    rows: int
-    load_vector: int
-    store_vector: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows} rows × {VECTOR} columns a lane, loads of {4 * self.load_vector} B, stores of "
-            f"{4 * self.store_vector} B, {AHEAD} rows in flight, filter in shared memory"
-        )
+# Outputs of a line that lanes own whole: blocks of 128 threads that a multiprocessor shall hold (H200, 2026-11).
+WHOLE = {7: 0, 8: 0, 14: 0, 16: 0, 28: 6, 32: 5, 56: 1}
+WHOLE_TAPS = 64  # of a line, at most, where lanes own whole lines: all of them are in registers
+LONG_CODE = 1900  # products of a line that don't fit in the instruction cache: warps must be at the same place of it
+FEW_LINES = 16  # of a filter: blocks are short, and staging and storing count
+CUT = (16, 28)  # outputs of a lane where lines are cut; the first alone for sequences and float64
+LONGEST = 2**31 - 2**20  # elements of a padded line, and lines: positions are numbered in 31 bits
 
 
 class WideNchw(Variant):
     stem = "wide_nchw"
     technique = (
-        "the filter lies in shared memory; each thread takes one input row after the other, its neighbours' columns by "
-        "warp shuffle, and adds the row to all output rows of its tile that read it"
+        "planes of several images lie in shared memory; each lane makes a stretch of a row or column, and takes one "
+        "line of input after the other, times a line of the filter's taps in registers; lines of padding are left out"
     )
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        load_limit, store_limit = vector_limits(problem)
-        load = 4 if load_limit == 4 else 1
-        rows = 7 if problem.out_size[0] > LOW else 4
-        yield self.plan(problem, device, Tile(rows, load, min(store_limit, load)))
+        for tile in tiles(problem, device):
+            yield self.plan(problem, device, tile)
+
+    def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
+        found = [self.plan(problem, device, tile) for tile in every_tile(problem, device)]
+        return [plan for plan in found if isinstance(plan, Plan)]
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
         """The plan of one tile, or why it is not legal."""
-
-        def rejected(reason: str) -> Rejection:
+        longest = max(problem.lifted(2).size + problem.out_size) + max(map(sum, problem.padding))
+        if longest > LONGEST:
+            reason = f"a padded row or column of {longest} elements is too long to be numbered in 31 bits"
             return Rejection(self.stem, str(tile), reason)
-
-        if reason := too_long(problem):
-            return rejected(reason)
-        # One strip owns every column of a narrow image; what lies beyond it is padding: there is no halo to load.
-        columns = columns_at(problem, VECTOR, 0)
-        whole_rows = max(-(-problem.size[1] // columns.own), -(-problem.out_size[1] // VECTOR)) <= 32
-        if not whole_rows:
-            columns = place_columns(problem, VECTOR, tile.load_vector)
-        padded = -(-problem.filter[1] // 4) * 4
-        if problem.filter[1] > CHUNK * MAX_CHUNKS:
-            return rejected(f"filter rows of {problem.filter[1]} taps are longer than {CHUNK * MAX_CHUNKS}")
-        if not whole_rows and columns.halo_lanes > 32:
-            return rejected(f"the halo needs {columns.halo_lanes} lanes to load it; a warp has 32")
-        width = max(-(-problem.size[1] // problem.stride[1]) if whole_rows else 0, problem.out_size[1])
-        least = 1 if whole_rows else columns.halo_lanes
-        lanes = lanes_of(width, VECTOR, least, whole_rows)
-        while True:  # more lanes mean fewer groups in a block, and so fewer filters
-            strips = Strips.of(problem, lanes, lanes * VECTOR, tile.rows)
-            shared_bytes = strips.block_planes(THREADS) * problem.filter[0] * padded * 4
-            if shared_bytes <= SHARED_LIMIT or lanes == 32:
-                break
-            lanes *= 2
-        if shared_bytes > SHARED_LIMIT:
-            return rejected(f"the filters of a block take {shared_bytes} bytes of shared memory; {SHARED_LIMIT} fit")
-        if reason := strips.too_many(THREADS):
-            return rejected(reason)
+        band = band_of(problem, tile)
+        limit = device.shared_bytes - 1024
+        if band.shared_bytes > limit:
+            reason = f"the input of a block takes {band.shared_bytes} bytes of shared memory; {limit} fit"
+            return Rejection(self.stem, str(tile), reason)
+        if band.blocks > GRID_X_LIMIT:
+            return Rejection(self.stem, str(tile), f"{band.blocks} blocks are more than a grid has")
         constants = problem_constants(problem) | {
-            "THREADS": THREADS,
-            "SLOTS": 1,
-            "VECTOR": VECTOR,
-            "ROWS": tile.rows,
-            "AHEAD": AHEAD,
-            "LOAD_VECTOR": tile.load_vector,
-            "STORE_VECTOR": tile.store_vector,
-            "COLUMN_SHIFT": columns.shift,
-            "WHOLE_ROWS": int(whole_rows),
+            "THREADS": tile.threads,
+            "MIN_BLOCKS": tile.min_blocks,
+            "ALONG": tile.along,
+            "ACROSS": tile.across,
+            "CHUNK": tile.chunk,
+            "IN_ALONG": tile.in_along,
+            "TRANSPOSED": int(tile.transposed),
+            "QUEUED": int(tile.queued),
+            "CHANNELS": tile.channels,
+            "SHARED_BUDGET": tile.budget,
+            "SHARED_LIMIT": limit,
         }
         return Plan(
             problem=problem,
             device=device,
             variant=self.stem,
             constants=tuple(sorted(constants.items())),
-            grid=(strips.blocks(THREADS), 1, 1),
-            block=(THREADS, 1, 1),
-            shared_bytes=shared_bytes,
+            grid=(max(1, band.blocks), 1, 1),
+            block=(32 * band.warps, 1, 1),
+            shared_bytes=band.shared_bytes,
             sizes=problem_sizes(problem),
-            tiling=(*strips.tiling, strips.block_planes(THREADS)),
-            tile=f"{tile}, {lanes} lanes",
-            predicted_seconds=row_by_row_seconds(problem, device, tile, columns, strips),
+            tiling=band.tiling,
+            tile=f"{tile}, {band.images} images × {band.channels} channels a block",
+            predicted_seconds=band_seconds(band, device),
         )
 
 
-def row_by_row_seconds(
-    problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, columns: Columns, strips: Strips
-) -> float:
-    """Predicted time: instruction issue at 2.5 of four warps a clock, or DRAM at 0.45 of a copy's rate.
+def tiles(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
+    """The tiles that come into question, few enough that many sizes of image share kernels."""
+    for transposed in (False, True):
+        along, across = (Axis.of(problem, i) for i in ((0, 1) if transposed else (1, 0)))
+        if transposed and along.taps <= across.taps:
+            continue  # the longer lines are read more often
+        if whole := whole_tile(problem, device, along, across, transposed):
+            yield whole
+        few_lines = 1 < across.taps <= FEW_LINES
+        most = 16 if problem.element_bytes == 8 else CHUNK
+        chunks = -(-along.taps // most) if along.dilation == 1 else 1  # equal ones
+        chunk = min(most, -(-along.taps // (4 * chunks)) * 4)
+        budget = _part(device, 8 if few_lines else 3 if along.taps > chunk or across.taps > 1 else 6)
+        for outputs in CUT[:1] if problem.element_bytes == 8 or across.taps == 1 else CUT:
+            if few_lines:
+                yield Tile(outputs, 1, 0, transposed, chunk, threads=512, budget=budget, queued=False)
+            else:
+                yield Tile(outputs, 1, 0, transposed, chunk, budget=budget)
 
-    Both were measured on small images; large ones reach 0.75 of a copy's rate, less than direct_nchw all the same.
 
-    A lane issues its multiply-adds, a shared load for every four taps of each output row, a shuffle and a selection
-    for every column that isn't its own, and some 20 instructions to fetch a row.
+def whole_tile(
+    problem: DepthwiseProblem, device: DeviceSpec, along: Axis, across: Axis, transposed: bool
+) -> Tile | None:
+    """The tile whose lanes own whole lines, where there is one for the length of lines."""
+    double = problem.element_bytes == 8
+    if along.out not in WHOLE or along.size > 2 * along.out or along.taps > (24 if double else WHOLE_TAPS):
+        return None
+    if along.out > (14 if double else 28 if across.taps <= FEW_LINES and along.taps < 32 else 56):
+        return None
+    chunk = -(-along.taps // 4) * 4
+    tile = Tile(along.out, 1, along.size, transposed, chunk, budget=_part(device, 3))
+    if along.out <= 16:
+        channels = 4 if problem.size[0] * problem.size[1] % 4 else 1
+        lines = 1 if double else 2
+        return replace(tile, across=lines, threads=512, min_blocks=2, queued=False, channels=channels)
+    if products(tile, along) > LONG_CODE:
+        return replace(tile, threads=256, min_blocks=2, budget=_part(device, 4), queued=False)
+    if across.taps <= FEW_LINES:
+        return replace(tile, threads=512, budget=_part(device, 4), queued=False)
+    return replace(tile, min_blocks=WHOLE[along.out])
+
+
+def _part(device: DeviceSpec, parts: int) -> int:
+    """Bytes of a block's shared memory so that as many blocks fit on a multiprocessor, 16 KiB or more."""
+    return max(16 * 1024, device.shared_bytes // parts - 1024)
+
+
+def every_tile(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
+    """Tiles of every kind: those of `tiles`, more lines a lane, less shared memory, fewer taps in registers."""
+    found = dict.fromkeys(tiles(problem, device))
+    for tile in list(found):
+        taps = problem.filter[0 if tile.transposed else 1]
+        if tile.in_along or taps <= tile.chunk:
+            found[replace(tile, across=3 if tile.along < 28 else 2, budget=8 * 1024, threads=64)] = None
+        if not tile.in_along:
+            found[replace(tile, chunk=8, budget=4 * 1024, threads=64)] = None
+            found[replace(tile, along=12, transposed=not tile.transposed, chunk=16)] = None
+    yield from found
+
+
+def products(tile: Tile, along: Axis) -> int:
+    """Multiply-adds of a line of filter and one of outputs, as compiled."""
+    if not tile.in_along:
+        return tile.along * along.taps
+    taps = [v * along.dilation - along.pad for v in range(along.taps)]
+    return sum(0 <= o * along.stride + tap < along.size for o in range(along.out) for tap in taps)
+
+
+def band_seconds(band: Band, device: DeviceSpec) -> float:
+    """Predicted time: 3.55 warp instructions a clock, or those of the longest warp where blocks are few; latencies.
+
+    A lane takes a slot for each product of a line that is not padding and for every 4 taps, 10 for every 4 elements it
+    reads (5 where lines are one), and 27 for every element that is staged or stored, which covers what waits for it.
+    Fitted to 58 tiles of 20 problems in float32 and float16 (H200, 2026-11): root mean square error 14 %.
     """
-    rows = window_rows(problem, tile.rows)
-    taps = tile.rows * problem.filter[0]
-    chunks = -(-problem.filter[1] // CHUNK)
-    foreign = columns.left + columns.right + (chunks - 1) * (VECTOR - 1)
-    instructions = taps * (problem.filter[1] * VECTOR + problem.filter[1] / 4 + 3) + rows * (2 * foreign + 20)
-    warps = strips.blocks(THREADS) * THREADS / 32
-    issue = warps * instructions / (4 * device.multiprocessors * device.clock)
-    return LAUNCH_SECONDS + max(2.2 * roofline(problem, device).copy, 1.6 * issue)
+    problem, tile = band.problem, band.tile
+    along, across = band.along, band.across
+    chunks: float = -(-along.taps // tile.chunk)
+    elements = (tile.in_along or (tile.along - 1) * along.stride + (along.taps - 1) * along.dilation + 1) / 4
+    pairs: float = products(tile, along)
+    if not tile.in_along and chunks > 1:
+        part = min(1.0, inside(along) + 0.5 * (tile.along + tile.chunk) / along.taps)
+        pairs, chunks, elements = pairs * part, chunks * part, chunks * part * (tile.along + tile.chunk) / 4
+    read = 5 if across.taps == 1 else 10
+    line = tile.across * (pairs + along.taps / 4) + read * elements + 5 * chunks
+    if pairs > LONG_CODE:
+        line *= 1.25
+    lines = across.taps * inside(across) + (tile.across - 1) * 0.5
+    planes = problem.batch * problem.out_channels * band.bands[0] * band.bands[1]
+    moved = 27 * (band.in_lines * band.in_extent / (band.along_tiles * band.across_tiles) + tile.along * tile.across)
+    lane = lines * line + moved + 100
+    warps = planes * band.along_tiles * band.across_tiles / 32
+    issue = warps * lane / (3.55 * device.multiprocessors)
+    # A warp alone issues about 0.6 instructions a clock.
+    rounds = -(-band.blocks // (device.multiprocessors * 8))
+    longest = rounds * -(-band.tasks // max(1, band.warps)) * lane / 0.6
+    copy = roofline(problem, device).copy - LAUNCH_SECONDS
+    return LAUNCH_SECONDS + 5.4e-6 + max(issue / device.clock, longest / device.clock, 1.1 * copy)
+
+
+def inside(axis: Axis) -> float:
+    """The share of an axis' products that are not with padding."""
+    total = 0
+    for v in range(0, axis.taps, max(1, axis.taps // 64)):
+        offset = v * axis.dilation - axis.pad
+        first = max(0, -(offset // axis.stride))
+        last = min(axis.out - 1, (axis.size - 1 - offset) // axis.stride)
+        total += max(0, last - first + 1)
+    return total / (axis.out * len(range(0, axis.taps, max(1, axis.taps // 64))))

@@ -22,6 +22,16 @@ static inline bool is_aligned(const void* address, unsigned long long bytes) {
     return reinterpret_cast<unsigned long long>(address) % bytes == 0;
 }
 
+// More than 48 KiB of shared memory must be asked for. False: a block of this card can't have so much.
+template <class Kernel>
+bool may_share(Kernel* kernel, unsigned bytes) {
+    if (bytes <= 48 * 1024) return true;
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (cudaFuncSetAttribute(kernel, most, static_cast<int>(bytes)) == cudaSuccess) return true;
+    cudaGetLastError();  // so that the next check doesn't report it
+    return false;
+}
+
 // multiplier = ceil(2^shift / divisor), shift = 31 + ceil(log2 divisor): exact for all numbers below 2^31
 static inline FastDivisor fast_divisor(long long divisor) {
     unsigned shift = 31;

@@ -1,0 +1,179 @@
+"""volume_ndhwc: blocks march along depth, planes wait in shared memory; 3-D, channels last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ..device import DeviceSpec
+from ..plan import Plan, Rejection
+from ..problem import DepthwiseProblem
+from .base import Variant
+from .volumes import (
+    HELD_TAPS,
+    March,
+    Tile,
+    ceil_div,
+    copies,
+    divisors,
+    first_legal,
+    make_plan,
+    march_seconds,
+    needs_reload,
+    numbered,
+    power_of_two,
+    rejected_tile,
+    rows_of,
+    shared_bytes,
+    shares,
+    span,
+    sum_instructions,
+    table_entries,
+    vector_limit,
+)
+
+MOST_CHANNELS = 64  # channels of a chunk
+
+
+def chunk_of(problem: DepthwiseProblem, vector: int) -> int:
+    """Input channels of a block: all, or equal chunks of whole vectors, of whole warps where they divide."""
+    channels = problem.channels
+    if channels % 32 == 0:
+        return 32
+    most = max(1, MOST_CHANNELS // problem.multiplier)
+    chunks = -(-channels // most)
+    return ceil_div(ceil_div(channels, chunks), vector) * vector
+
+
+class VolumeNdhwc(Variant):
+    stem = "volume_ndhwc"
+    dims = (3,)
+    layouts = ("channels_last",)
+    technique = (
+        "blocks march along depth: each input plane of a tile of channels comes into shared memory once, and is "
+        "added to all output planes that read it, whose sums are in registers"
+    )
+
+    def tiles(self, problem: DepthwiseProblem) -> Iterator[Tile]:
+        """Every tile that comes into question, fastest first as measured (docs/variants/volume_ndhwc.md)."""
+        reload = needs_reload(problem)
+        flows = March.of(problem, reload).period == 1
+        if flows and problem.taps <= HELD_TAPS and problem.dtype != "float64":
+            for channels in (2, 1):
+                yield Tile(2, 4, channels, 128, held=True, reload=reload, rotate=True, spots_x=2, min_blocks=4)
+        for rows, columns in ((2, 4), (1, 4), (1, 2), (1, 1)):
+            unroll = rows * columns * problem.taps <= 1000
+            yield Tile(rows, columns, reload=reload, spots_x=2, min_blocks=2, unroll=unroll)
+        if not reload:
+            yield Tile(1, 4, reload=True, spots_x=2)
+
+    def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
+        """The plans of all legal tiles: for tests and for tuning."""
+        plans = (self.plan(problem, device, tile) for tile in self.tiles(problem))
+        return [plan for plan in plans if isinstance(plan, Plan)]
+
+    def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
+        yield from first_legal(self.stem, [(t, self.plan(problem, device, t)) for t in self.tiles(problem)])
+
+    def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
+        """The plan of one tile, or why it is not legal."""
+
+        def rejected(reason: str) -> Rejection:
+            return Rejection(self.stem, str(tile), reason)
+
+        if reason := rejected_tile(problem, tile):
+            return rejected(reason)
+        if tile.vector > 1 and (problem.multiplier > 1 or problem.channels % tile.vector):
+            return rejected(f"lanes of {tile.vector} channels need a multiplier of 1 and as many channels")
+        if tile.vector * problem.element_bytes > problem.aligned:
+            return rejected(f"stores of {tile.vector} channels need tensors that are aligned to them")
+        _, out_h, out_w = problem.out_size
+        channels, width, columns_apart = problem.channels, problem.size[2], problem.plane_strides[-1]
+        limit = min(tile.load_vector or 8, vector_limit(problem))
+        vector = power_of_two(limit, channels, columns_apart)
+        chunk = chunk_of(problem, vector)
+        align, linear = 1, chunk == channels and columns_apart == channels
+        if linear:  # rows of all channels are one stretch: vectors may lie across columns
+            stretch = power_of_two(limit, width * channels)
+            if not tile.load_vector:  # 8 bytes, where at most one column more has to be fetched at each end
+                most_bytes = max(8, vector * problem.element_bytes)
+                fitting = (v for v in (1, 2, 4, 8) if v <= stretch and v * problem.element_bytes <= most_bytes)
+                stretch = max(v for v in fitting if v // math.gcd(v, channels) <= 2)
+            vector = max(vector, stretch)
+            align = vector // math.gcd(vector, channels)
+        lanes = chunk * problem.multiplier // tile.vector
+        if lanes > 512:
+            return rejected(f"a chunk of {chunk} channels makes {lanes} lanes")
+        across = -(-out_w // tile.columns)
+        spots_x = min(tile.spots_x, 1 << (across - 1).bit_length())
+        if spots_x * tile.columns * problem.stride[2] % align and across > spots_x:
+            return rejected("tiles would start between the vectors that copies move")
+        spots = max(spots_x, tile.threads // lanes)
+        block_limit = -(-spots_x * lanes // tile.threads) * tile.threads
+        if block_limit > 1024:
+            return rejected(f"{spots_x} groups of {lanes} lanes are more than a block takes")
+        tiles_x = -(-across // spots_x)
+        offset = -problem.padding[2][0] % align
+        tile_columns = -(-(offset + span(problem, spots_x * tile.columns)) // align) * align
+        pitch = tile_columns * chunk
+        groups = -(-out_h // tile.rows)
+        most = spots // spots_x
+        taps = problem.taps * chunk * problem.multiplier
+        shared_limit = device.shared_bytes - 1024
+        while True:
+            tiles_y = -(-groups // most)
+            lanes_y = -(-groups // tiles_y)
+            tile_rows = rows_of(problem, lanes_y * tile.rows)
+            vectors = tile_rows * pitch // vector
+            threads = -(-lanes * spots_x * lanes_y // 32) * 32
+            table = table_entries(vectors, tile, threads)
+            shared = -(-shared_bytes(problem, tile, vectors * vector, table, taps) // 16) * 16
+            if shared <= shared_limit or lanes_y == 1:
+                break
+            most = lanes_y - 1
+        if shared > shared_limit:
+            return rejected(f"a block would take {shared} bytes of shared memory; {shared_limit} is the most")
+        chunks = -(-channels // chunk)
+        tiles = tiles_x * tiles_y * chunks * problem.batch
+        march = March.of(problem, tile.reload)
+        blocks, length, share, total = shares(problem, tile, device, tiles, threads, vector)
+        if reason := numbered(total + share, problem.batch * problem.out_channels):
+            return rejected(reason)
+        inputs = rows_of(problem, tile.rows) if tile.held else tile.rows * problem.filter[1]
+        loads = inputs * span(problem, tile.columns)
+        loads += 0 if tile.held else march.ages * problem.filter[1] * problem.filter[2]
+        instructions = sum_instructions(problem, tile, loads, tile.rows * tile.columns, vectors / threads)
+        return make_plan(
+            self.stem,
+            problem,
+            device,
+            tile,
+            {
+                "THREADS": max(tile.threads, threads),
+                "VECTOR": tile.vector,
+                "CHUNK": chunk,
+                "SPOTS_X": spots_x,
+                "PITCH": pitch,
+                "LOAD_VECTOR": vector,
+                "LINEAR": int(linear),
+                "COLUMN_ALIGN": align,
+            }
+            | copies(vectors, tile, threads),
+            blocks=blocks,
+            threads=threads,
+            shared=shared,
+            tiling=(
+                *divisors(tiles_x, tiles_y, length, chunks, 1, lanes_y),
+                1,
+                tile_rows,
+                tile_columns,
+                vectors,
+                1,
+                table,
+                threads,
+                share,
+                total,
+            ),
+            words=f"{tile}; {chunk} channels × {lanes_y} × {spots_x} groups of lanes, {share} planes a block",
+            seconds=march_seconds(problem, device, tile, blocks, threads, share, instructions),
+        )

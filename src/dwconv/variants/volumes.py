@@ -1,0 +1,323 @@
+"""Blocks that march along depth: the geometry of kernels/volumes.cuh, from the side of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..device import DeviceSpec
+from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..problem import DepthwiseProblem
+from ..roofline import LAUNCH_SECONDS
+from .base import GRID_X_LIMIT
+
+MAX_REGISTERS = 168  # sums, taps and windows of a thread, as `March.registers` estimates them
+SMALL_BYTES = 12_000_000  # problems up to here have too few blocks to hide the latency of a march
+MANY_WARPS = 24  # that a multiprocessor shall hold then
+HELD_TAPS = 27  # 32-bit registers of taps that a thread may hold for the whole march
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The free choices. A lane makes `rows` × `columns` outputs of `vector` channels in every plane.
+
+    Attributes:
+        threads: of a block, at most.
+        stages: planes of input in shared memory.
+        held: the whole filter stays in registers; else it is read from shared memory, row by row.
+        reload: every output plane reads all of its input planes again; else each is read once.
+        rotate: the march is unrolled by the planes in the making, so that sums need not be moved.
+        spots_x: channels last: groups of lanes beside one another.
+        load_vector: elements that one copy moves; 0 leaves it to the alignment.
+        min_blocks: blocks that a multiprocessor shall hold.
+        batch: copies that a thread issues together.
+        matrix: tensor cores sum the products of 16-bit elements; a warp has `rows` products of 16 groups of 8 columns.
+        unroll: the filter's rows are unrolled even where they are read from shared memory.
+        resident: blocks of a multiprocessor among which all planes are shared out; 0 gives a block whole marches, or
+            parts of them where the problem is small.
+    """
+
+    rows: int
+    columns: int = 4
+    vector: int = 1
+    threads: int = 256
+    stages: int = 3
+    held: bool = False
+    reload: bool = False
+    rotate: bool = False
+    spots_x: int = 1
+    load_vector: int = 0
+    min_blocks: int = 1
+    batch: int = 4
+    matrix: bool = False
+    unroll: bool = False
+    resident: int = 0
+
+    def __str__(self) -> str:
+        channels = f" × {self.vector} channels" if self.vector > 1 else ""
+        outputs = f"{self.rows} rows × {self.columns} columns{channels} a lane"
+        if self.matrix:
+            outputs = f"{self.rows} products of 16 × 8 outputs a warp on tensor cores"
+        filter = "filter in registers" if self.held else "filter in shared memory"
+        planes = "planes read again for every output" if self.reload else "planes read once"
+        return f"{outputs}, {self.threads} threads, {self.stages} planes in shared memory, {filter}, {planes}"
+
+
+@dataclass(frozen=True, slots=True)
+class March:
+    """Twin of `Volume` in the kernels: what a tile's march along depth takes.
+
+    Attributes:
+        period: steps from one output's first tap to the next one's.
+        ages: output planes in the making at a time.
+        residues: classes of planes that never meet in a window.
+    """
+
+    period: int
+    ages: int
+    residues: int
+
+    @classmethod
+    def of(cls, problem: DepthwiseProblem, reload: bool) -> March:
+        taps, stride = problem.filter[0], problem.stride[0]
+        dilation = 1 if taps == 1 else problem.dilation[0]
+        period = taps if reload else stride
+        return cls(period, -(-taps // period), 1 if reload or stride > 1 else dilation)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def needs_reload(problem: DepthwiseProblem) -> bool:
+    """Whether planes can't, or needn't, be shared by output planes."""
+    taps, stride = problem.filter[0], problem.stride[0]
+    return taps <= stride or (stride > 1 and problem.dilation[0] > 1)
+
+
+def span(problem: DepthwiseProblem, columns: int) -> int:
+    """Columns of x that `columns` neighbouring outputs reach over."""
+    return (columns - 1) * problem.stride[2] + (problem.filter[2] - 1) * problem.dilation[2] + 1
+
+
+def rows_of(problem: DepthwiseProblem, rows: int) -> int:
+    """Rows of x that `rows` neighbouring outputs reach over."""
+    return (rows - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+
+
+def registers(problem: DepthwiseProblem, tile: Tile) -> int:
+    """Estimate of a thread's registers."""
+    words = 2 if problem.dtype == "float64" else 1
+    march = March.of(problem, tile.reload)
+    if tile.matrix:
+        bands = 2 * problem.filter[0] * problem.filter[1] if tile.held else 2
+        return tile.rows * (4 * march.ages + 8) + bands + 40
+    window = span(problem, tile.columns) * (1 if tile.held else tile.rows)
+    taps = problem.taps if tile.held else problem.filter[2]
+    return words * tile.vector * (march.ages * tile.rows * tile.columns + window + taps) + 30
+
+
+def too_large(problem: DepthwiseProblem) -> str | None:
+    """Why places of a plane can't be numbered in 31 bits."""
+    _, _, _, row, column = problem.plane_strides
+    channels = problem.channels if problem.layout == "channels_last" else 0
+    ends = (sum(problem.padding[i]) + problem.size[i] for i in (1, 2))
+    height, width = (end + 2**10 for end in ends)
+    if height * row + width * column + channels >= 2**31 or height * problem.out_size[2] >= 2**31:
+        return "a plane of x reaches over 2³¹ elements or more, so that its places can't be numbered in 31 bits"
+    if problem.size[0] + sum(problem.padding[0]) >= 2**30:
+        return f"a depth of {problem.size[0]} is too long to be numbered in 31 bits"
+    return None
+
+
+def rejected_tile(problem: DepthwiseProblem, tile: Tile) -> str | None:
+    """Why a tile can't serve the problem in any geometry."""
+    if reason := too_large(problem):
+        return reason
+    if needs_reload(problem) and not tile.reload:
+        return "no plane is shared by output planes of this stride and dilation, so that each reads its own"
+    march = March.of(problem, tile.reload)
+    if tile.held and march.period > 1:
+        return "a filter in registers needs a stride of 1 along depth"
+    words = 2 if problem.dtype == "float64" else 1
+    if tile.held and not tile.matrix and problem.taps * tile.vector * words > HELD_TAPS * 2:
+        return f"the filter's {problem.taps} taps don't fit in registers beside the sums"
+    needed = registers(problem, tile)
+    if needed > MAX_REGISTERS:
+        return f"needs about {needed} registers a thread; {MAX_REGISTERS} is the most"
+    return None
+
+
+def shared_bytes(problem: DepthwiseProblem, tile: Tile, elements: int, table: int, taps: int) -> int:
+    """Shared memory of a block: stages of x, float32 tiles of 16-bit ones, the filter, the table of vectors."""
+    elements = -(-elements // 8) * 8  # every tile starts at a multiple of 16 bytes
+    sum_bytes = max(4, problem.element_bytes)
+    converted = 2 * sum_bytes if problem.element_bytes == 2 and problem.layout == "channels_first" else 0
+    return (
+        elements * (tile.stages * problem.element_bytes + converted)
+        + (0 if tile.held else taps * sum_bytes)
+        + 4 * table
+    )
+
+
+def shares(
+    problem: DepthwiseProblem, tile: Tile, device: DeviceSpec, tiles: int, threads: int, vector: int
+) -> tuple[int, int, int, int]:
+    """(blocks, length, share, total): planes of a tile and residue, of a block, and of all tiles."""
+    march = March.of(problem, tile.reload)
+    length = -(-problem.out_size[0] // march.residues)
+    total = tiles * march.residues * length
+    share = length
+    if tile.resident:
+        blocks = device.multiprocessors * tile.resident
+        share = max(-(-total // blocks), min(length, max(1, 2 * (march.ages - 1))))
+    elif problem.least_bytes < SMALL_BYTES and vector * problem.element_bytes >= 8:
+        # A march's latency is the time: shorter ones, as many as there is room for. But with copies of few bytes, it
+        # is rather what comes before the march (7×7 images, float32: 0.47 with whole marches, 0.30 with short ones).
+        wanted = device.multiprocessors * MANY_WARPS // ceil_div(threads, 32)
+        share = min(length, max(2, ceil_div(total, max(1, wanted))))
+    return -(-total // share) if total else 1, length, share, total
+
+
+def batch_of(vectors: int, tile: Tile, threads: int) -> int:
+    """Copies that a thread issues together: all that it makes of a tile, if these are few."""
+    own = -(-vectors // threads)
+    return own if own <= tile.batch else tile.batch
+
+
+def copies(vectors: int, tile: Tile, threads: int) -> dict[str, int]:
+    """The constants that say how a thread copies its vectors."""
+    batch = batch_of(vectors, tile, threads)
+    return {"BATCH": batch, "ONE_BATCH": int(vectors <= batch * threads)}
+
+
+def table_entries(vectors: int, tile: Tile, threads: int) -> int:
+    """Entries of the table of vectors: whole batches of copies of all threads."""
+    batch = batch_of(vectors, tile, threads) * threads
+    return -(-vectors // batch) * batch
+
+
+def numbered(groups: int, planes: int) -> str | None:
+    """Why blocks or planes can't be numbered."""
+    if groups <= GRID_X_LIMIT and planes <= GRID_X_LIMIT:
+        return None
+    return f"{max(groups, planes)} blocks or planes can't be numbered in 31 bits"
+
+
+def power_of_two(limit: int, *values: int) -> int:
+    """The largest power of two up to `limit` that divides all values."""
+    return max(v for v in (1, 2, 4, 8) if v <= limit and all(value % v == 0 for value in values))
+
+
+def vector_limit(problem: DepthwiseProblem) -> int:
+    """Elements of a copy, as far as the address of x's planes allows."""
+    image, channel, depth, row, _ = problem.plane_strides
+    strides = (image, depth, row) if problem.layout == "channels_last" else (image, channel, depth, row)
+    return power_of_two(16 // problem.element_bytes, problem.aligned // problem.element_bytes, *strides)
+
+
+def march_seconds(
+    problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, blocks: int, threads: int, share: int, plane: float
+) -> float:
+    """Predicted time: instruction issue and DRAM, as a cube norm.
+
+    A warp issues `plane` instructions for every plane that it takes in, at 0.7 of what a multiprocessor can issue when
+    it holds 12 warps or more, a share of it with fewer; 0.9 of a copy's rate is left of DRAM's (H200, 2026-11: within
+    15 % of the measured tiles that `tiles` prefers).
+
+    Args:
+        blocks, threads: of the grid, of a block.
+        share: output planes that a block makes.
+        plane: instructions of a warp for one plane of input.
+    """
+    march = March.of(problem, tile.reload)
+    steps = march.period * (share - 1) + problem.filter[0]
+    warps = blocks * ceil_div(threads, 32)
+    held = min(12.0, warps / device.multiprocessors)  # by a multiprocessor
+    rate = 4 * device.clock * device.multiprocessors * 0.7 * max(held, 4.0) / 12
+    issue = warps * steps * plane / rate
+    dram = problem.least_bytes / (0.9 * device.dram_gbs * 1e9)
+    return float(LAUNCH_SECONDS + 2e-6 + (issue**3 + dram**3) ** (1 / 3))
+
+
+def sum_instructions(problem: DepthwiseProblem, tile: Tile, loads: int, stores: int, own_vectors: float) -> float:
+    """Instructions of a warp for one plane of input, where multiply-adds sum the products.
+
+    Args:
+        loads: shared loads of windows and taps.
+        stores: of a finished plane.
+        own_vectors: of the tile of input, per thread.
+    """
+    march = March.of(problem, tile.reload)
+    sums = tile.rows * tile.columns * tile.vector
+    multiply_adds = sums * ceil_div(problem.taps, march.period) * (2 if problem.element_bytes == 8 else 1)
+    converts = 0.0
+    if problem.element_bytes == 2:
+        converts = 20 * own_vectors if problem.layout == "channels_first" else loads * tile.vector
+    return multiply_adds + loads + converts + 5 * own_vectors + (5 * stores + sums) / march.period + 90
+
+
+def matrix_instructions(problem: DepthwiseProblem, tile: Tile, own_vectors: float) -> float:
+    """Instructions of a warp for one plane of input, where tensor cores sum the products."""
+    march = March.of(problem, tile.reload)
+    product = problem.filter[1] * (4 + march.ages)  # four loads of x, a product for every age
+    # 1.6: what is issued waits for what it needs more often than multiply-adds do
+    return 1.6 * (tile.rows * (product + 14 / march.period) + 5 * own_vectors + 90)
+
+
+def first_legal(stem: str, plans: list[tuple[Tile, Plan | Rejection]]) -> Iterator[Plan | Rejection]:
+    """The first legal plan, and why not the others. Sizes don't choose among tiles, which leaves few kernels."""
+    chosen = next((plan for _, plan in plans if isinstance(plan, Plan)), None)
+    for tile, plan in plans:
+        if isinstance(plan, Plan) and plan is not chosen:
+            yield Rejection(stem, str(tile), "an earlier tile is faster as measured; one serves all sizes")
+        else:
+            yield plan
+
+
+def make_plan(
+    stem: str,
+    problem: DepthwiseProblem,
+    device: DeviceSpec,
+    tile: Tile,
+    constants: Mapping[str, int],
+    *,
+    blocks: int,
+    threads: int,
+    shared: int,
+    tiling: tuple[int, ...],
+    words: str,
+    seconds: float,
+) -> Plan:
+    """A plan with the constants that both kernels share."""
+    all_constants = problem_constants(problem) | {
+        "THREADS": tile.threads,
+        "MIN_BLOCKS": tile.min_blocks,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "STAGES": tile.stages,
+        "HELD_TAPS": int(tile.held),
+        "RELOAD": int(tile.reload),
+        "ROTATE": int(tile.rotate),
+        "UNROLL_ROWS": problem.filter[1] if tile.unroll else 1,
+        **constants,
+    }
+    return Plan(
+        problem=problem,
+        device=device,
+        variant=stem,
+        constants=tuple(sorted(all_constants.items())),
+        grid=(max(1, blocks), 1, 1),
+        block=(threads, 1, 1),
+        shared_bytes=shared,
+        sizes=problem_sizes(problem),
+        tiling=tiling,
+        tile=words,
+        predicted_seconds=seconds,
+    )
+
+
+def divisors(*values: int) -> Iterator[int]:
+    """The fields of one `dwconv::FastDivisor` after another."""
+    for value in values:
+        yield from fast_divisor(value)
