@@ -72,7 +72,10 @@ STREAMS = [
 @pytest.mark.parametrize(("taps", "dtype", "layout"), STREAMS, ids=str)
 @pytest.mark.parametrize("same", [True, False], ids=["same", "valid"])
 def test_a_hundred_image_sizes_compile_few_kernels(taps, dtype, layout, same: bool) -> None:
-    """At most four; for volumes more, whose rows stand in the source (docs/variants/volume_ncdhw.md)."""
+    """At most four; eight where tensor cores take some sizes and another variant the rest; more for volumes, whose rows
+    stand in the source (docs/variants/volume_ncdhw.md).
+    """
+    two_variants = dtype in ("float16", "bfloat16")
     sizes = random.Random(0)
     padding = tuple((t // 2, t // 2) for t in taps) if same else ()
     lowest, highest = {1: (200, 20_000), 2: (32, 640), 3: (8, 96)}[len(taps)]
@@ -81,7 +84,7 @@ def test_a_hundred_image_sizes_compile_few_kernels(taps, dtype, layout, same: bo
         size = tuple(sizes.randint(lowest, highest) for _ in taps)
         problem = DepthwiseProblem(8, 32, size, taps, padding=padding, dtype=dtype, layout=layout)
         kernels.add(choose(problem, H200).kernel_id)
-    assert len(kernels) <= (24 if len(taps) == 3 else 4)
+    assert len(kernels) <= (24 if len(taps) == 3 else 8 if two_variants else 4)
 
 
 def test_fast_division_is_exact() -> None:

@@ -58,6 +58,10 @@ ODD = [
     problem(1, 3, (4, 24), (1, 1), dtype="float16"),
     problem(1, 2, (3, 130), (1, 11), padding=(0, 5), dtype="bfloat16"),
     problem(1, 1, (5, 520), (3, 3), padding=(1, 1), dtype="float16"),
+    # products column by column; a few rows loaded ahead of their use
+    problem(1, 2, (17, 36), (5, 5), padding=(2, 2), bias=True, epilogue=Epilogue("silu", residual=True)),
+    problem(1, 2, (33, 48), (5, 5), stride=(2, 2), padding=(2, 2), dtype="bfloat16", bias=True),
+    problem(1, 2, (40, 19), (4, 5), stride=(1, 2), padding=(2, 1), dilation=(3, 1), dtype="bfloat16"),
     problem(0, 3, (5, 8), (3, 3), padding=(1, 1), dtype="float16"),
     problem(1, 2, (9, 20), (7, 7), padding=(3, 3), dtype="float16"),
     sequence(1, 2, 1200, 9, padding=(4, 4), dtype="float16"),

@@ -16,7 +16,7 @@ from dwconv.variants import REGISTRY
 from dwconv.variants.volume_ndhwc import VolumeNdhwc
 from dwconv.variants.volumes import Tile
 from problems import problem_id
-from volume_problems import Case, cropped, edges
+from volume_problems import EVERYTHING, Case, cropped, edges
 from volume_problems import problem as any_problem
 
 
@@ -36,6 +36,12 @@ EDGES = edges(
         (problem(1, 54, (3, 5, 9), (3, 3, 3), padding=1), ("float16",)),
         (problem(1, 100, (3, 4, 6), (3, 3, 3), padding=1), ("float32",)),  # the last chunk is not full
         (problem(1, 7, (3, 4, 6), (3, 3, 3), padding=1), ("float64", "bfloat16")),
+        (problem(1, 54, (3, 5, 9), (5, 5, 5), padding=2, bias=True), ("float16",)),  # 9 pairs of channels a block
+        (problem(1, 3, (4, 6, 9), (3, 7, 7), padding=(1, 3, 3), epilogue=EVERYTHING), ("bfloat16",)),  # a lone channel
+        (
+            cropped(problem(2, 20, (4, 9, 12), (2, 5, 4), padding=2, dilation=2), 8),
+            ("float16",),
+        ),  # the last pairs are missing
     ],
 )
 SAMPLE = [
@@ -51,6 +57,9 @@ TILES = [
     Tile(1, rotate=True, unroll=True, batch=1),
     Tile(2, vector=2, spots_x=4),
     Tile(2, vector=2, load_vector=8, spots_x=2),
+    Tile(4, matrix=True, resident=3),
+    Tile(1, 8, matrix=True, resident=2, stages=2, unroll=True),
+    Tile(2, matrix=True, held=True, rotate=True),
 ]
 
 
@@ -135,6 +144,9 @@ def test_rejections_say_why():
 
     p = problem(1, 6, (6, 9, 16), (3, 3, 3), padding=1, dtype="float16")
     assert "multiplier" in reason(replace(p, multiplier=2), Tile(2, vector=2))
+    assert "multiplier" in reason(replace(p, multiplier=2), Tile(2, matrix=True))
+    assert "16-bit" in reason(replace(p, dtype="float32"), Tile(2, matrix=True))
+    assert "sm_75" in reason(p, Tile(2, matrix=True), PRESETS["sm_75"])
     assert "aligned" in reason(replace(p, aligned=2), Tile(2, vector=2))
     assert "reads its own" in reason(replace(p, stride=(3, 1, 1)), Tile(4))
     assert "stride of 1" in reason(replace(p, stride=(2, 1, 1)), Tile(4, held=True))

@@ -85,14 +85,41 @@ EDGES = [
     problem(1, 8, (9, 8), 7, padding=3, epilogue=Epilogue("gelu", residual=True), dtype="bfloat16", multiplier=2),
 ]
 
+# Whole pixels, which a thread has copied row by row; strips of columns, blocks that begin and end inside of images.
+BULK = [
+    (
+        problem(2, 24, (9, 20), 3, padding=1),
+        Tile(True, 24, 4, threads=36, vector=2, cached=True, bulk=True, part_rows=4),
+    ),
+    (problem(3, 16, (7, 9), 3, padding=1, dtype="float16"), Tile(True, 16, 7, threads=32, vector=2, bulk=True)),
+    (
+        problem(5, 16, (7, 7), 3, stride=2, padding=1, dtype="bfloat16", bias=True),
+        Tile(True, 16, 4, threads=16, vector=4, bulk=True, stages=4, stage_rows=1, part_rows=5),
+    ),
+    (
+        problem(2, 8, (12, 33), (3, 5), stride=(2, 1), padding=((1, 0), (2, 4)), dtype="float16"),
+        Tile(True, 8, 4, threads=20, vector=2, bulk=True, stages=2, part_rows=7),
+    ),
+    (
+        problem(3, 12, (10, 15), 7, padding=3, epilogue=Epilogue("silu", True, True, True), bias=True),
+        Tile(True, 12, 7, threads=40, bulk=True, stage_rows=3, part_rows=13),
+    ),
+    (
+        problem(1, 32, (9, 8), 5, padding=2, x_strides=(9 * 12 * 32, 1, 12 * 32, 32)),
+        Tile(True, 32, 7, threads=64, bulk=True, part_rows=3),
+    ),
+    (problem(2, 20, (6, 11), 3, padding=1), Tile(True, 8, 4, threads=16, vector=4, part_rows=5)),
+    (problem(0, 8, (6, 7), 3, padding=1), Tile(True, 8, 7, threads=8, vector=2, bulk=True)),
+]
+
 # Beside those that `candidates` yields: other column counts, strips of rows and columns, several units a block.
 TILES = [
-    Tile(True, 8, 7, threads=16, unit_rows=4, part_units=3, stages=2, stage_rows=2),
-    Tile(True, 40, 4, threads=80, unit_rows=5, part_units=2),
+    Tile(True, 8, 7, threads=16, part_rows=4, stages=2, stage_rows=2),
+    Tile(True, 40, 4, threads=80, part_rows=5),
     Tile(True, 96, 7, threads=192, stages=2, stage_rows=1),
     Tile(False, 16, 5, 3, 4, threads=48, stages=2, stage_rows=4),
-    Tile(False, 8, 7, 2, 8, threads=32, stages=3, part_units=2),
-    Tile(False, 32, 4, 4, 64, threads=128, part_units=4),
+    Tile(False, 8, 7, 2, 8, threads=32, stages=3, part_rows=4),
+    Tile(False, 32, 4, 4, 64, threads=128, part_rows=16),
 ]
 
 
@@ -163,6 +190,31 @@ def test_every_tile_is_within_rounding_in_any_order(p):
         assert reference.describe_mismatch(y, *wanted) is None, plan.tile
         again = run(plan, inputs, extra, order_seed=number)
         assert torch.equal(bits(y), bits(again)), plan.tile
+
+
+@pytest.mark.parametrize(("p", "tile"), BULK, ids=lambda value: name(value))
+def test_vectors_of_channels_and_bulk_copies(p, tile):
+    plan = VARIANT.plan(p, H200, tile)
+    assert isinstance(plan, Plan), plan
+    inputs, extra = make_inputs(p), extras(p)
+    wanted = reference.forward(*inputs, p, *extra)
+    y = run(plan, inputs, extra)
+    assert reference.describe_mismatch(y, *wanted) is None
+    assert torch.equal(bits(y), bits(run(plan, inputs, extra, order_seed=3)))
+
+
+@pytest.mark.parametrize(
+    ("p", "tile", "reason"),
+    [
+        (problem(1, 12, (9, 9), 3, padding=1, dtype="float16"), Tile(True, 12, 7, bulk=True), "16 bytes"),
+        (problem(1, 32, (9, 9), 3, padding=1), Tile(True, 16, 7, bulk=True), "whole"),
+        (problem(1, 5, (9, 9), 3, padding=1), Tile(True, 5, 7, vector=2), "vector"),
+        (problem(1, 8, (9, 9), 3, padding=1, multiplier=2), Tile(True, 16, 7, vector=2), "vector"),
+    ],
+    ids=str,
+)
+def test_what_vectors_and_bulk_copies_need(p, tile, reason):
+    assert reason in VARIANT.plan(p, H200, tile).reason
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

@@ -157,7 +157,8 @@ __device__ __forceinline__ void store_slot(const Tensors<typename C::Element>& t
         if (column + o < out_w) store_outputs<C, C::kStoreVector, 0>(tensors, at + o, &sums[o], &values);
 }
 
-// All rows that the thread reads are loaded before the first use: bytes in flight are what the speed depends on.
+// All rows that the thread reads, or kAhead, are loaded before the first use: bytes in flight are what the speed
+// depends on.
 template <class C>
 __device__ __forceinline__ void make_from_registers(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
                                                     const DirectNchwPlace& place, const typename C::Element* plane,
@@ -172,12 +173,16 @@ __device__ __forceinline__ void make_from_registers(const Tensors<typename C::El
     const int slot = place.slot_columns * C::kStrideW;
     const typename C::Element* line = plane + first_row * sizes.x_row + first;
     SlotRow<C> rows[Rows::kCount][C::kSlots];
-#pragma unroll
-    for (int r = 0; r < Rows::kCount; ++r, line += sizes.x_row)
+    constexpr int kAhead = C::kAhead > 0 ? smaller(C::kAhead, Rows::kCount) : Rows::kCount;
+    const auto load_row = [&](int r) {
         if (Rows::reads(r))
 #pragma unroll
             for (int s = 0; s < C::kSlots; ++s)
                 rows[r][s].load(line + s * slot, static_cast<unsigned>(first_row + r) < in_h, first + s * slot, in_w);
+        line += sizes.x_row;
+    };
+#pragma unroll
+    for (int r = 0; r < kAhead; ++r) load_row(r);
 
     Sum filter[C::kFilterH][C::kFilterW];
 #pragma unroll
@@ -197,6 +202,7 @@ __device__ __forceinline__ void make_from_registers(const Tensors<typename C::El
 
 #pragma unroll
     for (int r = 0; r < Rows::kCount; ++r) {
+        if (r + kAhead < Rows::kCount) load_row(r + kAhead);
         if (!Rows::reads(r)) continue;
 #pragma unroll
         for (int s = 0; s < C::kSlots; ++s) {
@@ -204,19 +210,33 @@ __device__ __forceinline__ void make_from_registers(const Tensors<typename C::El
 #pragma unroll
             for (int k = 0; k < Columns::kSpan; ++k)
                 if (Columns::reads(k)) window[k] = rows[r][s].template column<Sum>(k);
+            // Either column by column, or output row by output row, tap by tap: what the compiler makes of them
+            // differs.
+            constexpr int kSteps = C::kByColumn ? Columns::kSpan : 1;
 #pragma unroll
-            for (int i = 0; i < C::kRows; ++i) {
-                const int below = r - i * C::kStrideH;  // = u * kDilationH where output row i reads this row
-                if (!is_tap(below, C::kDilationH, C::kFilterH)) continue;
+            for (int k = 0; k < kSteps; ++k)
 #pragma unroll
-                for (int v = 0; v < C::kFilterW; ++v)
+                for (int i = 0; i < C::kRows; ++i) {
+                    const int below = r - i * C::kStrideH;  // = u * kDilationH where output row i reads this row
+                    if (!is_tap(below, C::kDilationH, C::kFilterH)) continue;
+                    const auto& taps = filter[below / C::kDilationH];
+                    if constexpr (C::kByColumn) {
 #pragma unroll
-                    for (int o = 0; o < C::kVector; ++o)
-                        sums[i][s][o] += filter[below / C::kDilationH][v] * window[o * C::kStrideW + v * C::kDilationW];
-                if (below == (C::kFilterH - 1) * C::kDilationH && place.row + i < out_h)  // no later row is missing
-                    store_slot<C>(tensors, at + i * sizes.out_w + s * place.slot_columns,
-                                  place.column + s * place.slot_columns, out_w, values, sums[i][s]);
-            }
+                        for (int o = 0; o < C::kVector; ++o)
+                            if (is_tap(k - o * C::kStrideW, C::kDilationW, C::kFilterW))
+                                sums[i][s][o] += taps[(k - o * C::kStrideW) / C::kDilationW] * window[k];
+                    } else {
+#pragma unroll
+                        for (int v = 0; v < C::kFilterW; ++v)
+#pragma unroll
+                            for (int o = 0; o < C::kVector; ++o)
+                                sums[i][s][o] += taps[v] * window[o * C::kStrideW + v * C::kDilationW];
+                    }
+                    if (k == kSteps - 1 && below == (C::kFilterH - 1) * C::kDilationH && place.row + i < out_h)
+                        store_slot<C>(tensors,
+                                      at + i * sizes.out_w + s * place.slot_columns,  // no later row is missing
+                                      place.column + s * place.slot_columns, out_w, values, sums[i][s]);
+                }
         }
     }
 }
@@ -311,6 +331,8 @@ __device__ __forceinline__ void direct_nchw(const Tensors<typename C::Element>& 
 #define DWCONV_LOAD_VECTOR 4
 #define DWCONV_STORE_VECTOR 4
 #define DWCONV_WHOLE_WINDOW 1
+#define DWCONV_BY_COLUMN 0
+#define DWCONV_AHEAD 0
 #endif
 
 struct Config : ProblemConfig {
@@ -318,7 +340,8 @@ struct Config : ProblemConfig {
     static constexpr int kSlots = DWCONV_SLOTS, kVector = DWCONV_VECTOR;
     static constexpr int kRows = DWCONV_ROWS;
     static constexpr int kLoadVector = DWCONV_LOAD_VECTOR, kStoreVector = DWCONV_STORE_VECTOR;
-    static constexpr bool kWholeWindow = DWCONV_WHOLE_WINDOW;
+    static constexpr bool kWholeWindow = DWCONV_WHOLE_WINDOW, kByColumn = DWCONV_BY_COLUMN;
+    static constexpr int kAhead = DWCONV_AHEAD;  // rows loaded before the first use; 0: all
 };
 
 using Tiling = dwconv::DirectNchwTiling;

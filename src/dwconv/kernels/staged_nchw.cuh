@@ -11,7 +11,7 @@
 //   grid.x = groups of item_planes input planes * row_items * column_items
 //   least DRAM traffic: x + w + y, once each; halo rows and columns between items come from L2
 #pragma once
-#include "staged_planes.cuh"
+#include "staged_whole.cuh"
 
 namespace dwconv {
 
@@ -108,12 +108,6 @@ __device__ __forceinline__ void sum_tile(const typename C::Element* window, int 
                                   in_h, taps, kDone * C::kFilterW, sums);
 }
 
-// A configuration whose residual is added later.
-template <class C>
-struct WithoutResidual : C {
-    static constexpr bool kHasResidual = false;
-};
-
 // What waits in shared memory for the stores: results, or where a residual comes on top, sums that aren't rounded yet.
 template <class T, bool HasResidual>
 struct StagedResult {
@@ -185,8 +179,8 @@ __device__ __forceinline__ void store_tile_part(const Tensors<typename C::Elemen
 }
 
 template <class C>
-__device__ __forceinline__ void staged_nchw(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
-                                            const StagedNchwTiling& tiling) {
+__device__ __forceinline__ void staged_item_sums(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
+                                                 const StagedNchwTiling& tiling) {
     using T = typename C::Element;
     using Sum = typename Accumulator<T>::Type;
     using Result = typename StagedResult<T, C::kHasResidual>::Type;
@@ -286,6 +280,17 @@ __device__ __forceinline__ void staged_nchw(const Tensors<typename C::Element>& 
     }
 }
 
+template <class C>
+__device__ __forceinline__ void staged_nchw(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
+                                            const StagedNchwTiling& tiling) {
+    if constexpr (C::kWhole > 0)
+        staged_whole<C>(tensors, sizes, tiling);
+    else if constexpr (C::kMarch)
+        staged_march<C>(tensors, sizes, tiling);
+    else
+        staged_item_sums<C>(tensors, sizes, tiling);
+}
+
 }  // namespace dwconv
 
 // ---- border: everything above is templates; here the -D defines of one specialisation become its Config ----
@@ -305,8 +310,13 @@ __device__ __forceinline__ void staged_nchw(const Tensors<typename C::Element>& 
 #define DWCONV_STAGE_OUTPUTS 0
 #define DWCONV_SKIP_ROWS 0
 #define DWCONV_SHARE_FILTERS 1
-#define DWCONV_SHARED_BUDGET 57344
-#define DWCONV_SHARED_LIMIT 232448
+#define DWCONV_MARCH 0
+#define DWCONV_STAGES 2
+#define DWCONV_EVEN 0
+#define DWCONV_WHOLE 0
+#define DWCONV_WHOLE_LANES 1
+#define DWCONV_IN_PLACE 0
+#define DWCONV_AHEAD 0
 #endif
 
 struct Config : ProblemConfig {
@@ -315,6 +325,10 @@ struct Config : ProblemConfig {
     static constexpr int kLoads = DWCONV_LOADS, kGranule = DWCONV_GRANULE, kStoreVector = DWCONV_STORE_VECTOR;
     static constexpr bool kStretch = DWCONV_STRETCH, kStageOutputs = DWCONV_STAGE_OUTPUTS;
     static constexpr bool kSkipRows = DWCONV_SKIP_ROWS, kShareFilters = DWCONV_SHARE_FILTERS;
+    // The marches: rows through a ring, and whole planes of kWhole columns.
+    static constexpr bool kMarch = DWCONV_MARCH, kEven = DWCONV_EVEN, kInPlace = DWCONV_IN_PLACE;
+    static constexpr int kAhead = DWCONV_AHEAD;  // blocks of the grid, at most, whose warps fetch an item ahead; or 0
+    static constexpr int kStages = DWCONV_STAGES, kWhole = DWCONV_WHOLE, kWholeLanes = DWCONV_WHOLE_LANES;
     static constexpr int kSharedBudget = DWCONV_SHARED_BUDGET, kSharedLimit = DWCONV_SHARED_LIMIT;  // bytes; the host's
 };
 

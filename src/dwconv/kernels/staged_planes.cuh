@@ -26,6 +26,13 @@ struct StagedNchwTiling {
     unsigned pitch, plane_pitch;              // elements of shared memory from row to row, from plane to plane
     unsigned plane_gap;                       // from one plane's row `lines` to the next one's row 0
     unsigned filter_elements, image_vectors;  // of shared memory; vectors of 16 bytes
+    // kMarch (kernels/staged_march.cuh), where items belong to warps:
+    FastDivisor channel_groups;             // of item_planes channels, in an image
+    unsigned warp_elements, ring_elements;  // of shared memory, in all and of the ring
+    unsigned out_pitch;                     // from plane to plane in the buffer of outputs
+    // Lanes that share a plane, planes at a time; the step to a lane's next plane in memory, and in shared memory.
+    unsigned copy_lanes, copy_planes, copy_step, copy_pitch;
+    unsigned store_lanes, store_planes, store_step, store_pitch;
 };
 
 // The columns of shared memory around a tile: column 0 of an item's outputs reads from column kShift on.
@@ -43,6 +50,12 @@ struct StagedWindow {
                 if (is_tap(k - kShift - o * C::kStrideW, C::kDilationW, C::kFilterW)) return true;
         return false;
     }
+};
+
+// A configuration whose residual is added later.
+template <class C>
+struct WithoutResidual : C {
+    static constexpr bool kHasResidual = false;
 };
 
 // What a block works on: outputs [row, row + rows) x [column, column + columns) of the planes.

@@ -7,12 +7,13 @@
 //   Zeros of the band times an Inf or NaN are NaN, also where the filter doesn't reach: sums that are not finite are
 //   computed again, product by product.
 #pragma once
+#include "bands.cuh"
 #include "volume_tiles.cuh"
 
 namespace dwconv {
 
 template <class C>
-struct Band {
+struct VolumeBand {
     static constexpr int kShift = Volume<C>::kOffset % 2;  // s
     static_assert(!C::kMatrix || C::kStrideW == 1,
                   "kMatrix needs a stride of 1 along columns: the band is one of taps");
@@ -20,55 +21,14 @@ struct Band {
                   "kMatrix: a filter row is 16 columns");
 };
 
-#ifdef DWCONV_EMULATOR
-// C += A * B from the lanes' fragments, whose layout is the instruction's.
-template <class T>
-__device__ __forceinline__ void multiply_matrices(float (&c)[4][1], const unsigned (&a)[4], const uint2& b) {
-    const unsigned lane = threadIdx.x % 32;
-    const auto element = [](unsigned word, int half) {
-        T value;
-        value.bits = static_cast<unsigned short>(word >> 16 * half);
-        return static_cast<float>(value);
-    };
-    for (unsigned pair = 0; pair < 8; ++pair) {  // of columns of A and rows of B
-        unsigned rows[2], columns[2];
-        for (int i = 0; i < 2; ++i) {
-            const unsigned upper = __shfl_sync(0xffffffffu, a[i], lane / 4 * 4 + pair % 4);
-            const unsigned lower = __shfl_sync(0xffffffffu, a[2 + i], lane / 4 * 4 + pair % 4);
-            rows[i] = pair < 4 ? upper : lower;
-            const unsigned first = __shfl_sync(0xffffffffu, b.x, (lane % 4 * 2 + i) * 4 + pair % 4);
-            const unsigned second = __shfl_sync(0xffffffffu, b.y, (lane % 4 * 2 + i) * 4 + pair % 4);
-            columns[i] = pair < 4 ? first : second;
-        }
-        for (int i = 0; i < 4; ++i)
-            for (int half = 0; half < 2; ++half) c[i][0] += element(rows[i / 2], half) * element(columns[i % 2], half);
-    }
-}
-#else
-template <class T>
-__device__ __forceinline__ void multiply_matrices(float (&c)[4][1], const unsigned (&a)[4], const uint2& b);
-template <>
-__device__ __forceinline__ void multiply_matrices<Half>(float (&c)[4][1], const unsigned (&a)[4], const uint2& b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0][0]), "+f"(c[1][0]), "+f"(c[2][0]), "+f"(c[3][0])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-}
-template <>
-__device__ __forceinline__ void multiply_matrices<BFloat16>(float (&c)[4][1], const unsigned (&a)[4], const uint2& b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0][0]), "+f"(c[1][0]), "+f"(c[2][0]), "+f"(c[3][0])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-}
-#endif
-
 // A lane's part of the band of a filter row: taps k - n - s for k = 2t, 2t + 1 and 2t + 8, 2t + 9 of column n.
 template <class C>
-__device__ __forceinline__ uint2 band_of(const typename C::Element* row, unsigned lane) {
+__device__ __forceinline__ uint2 volume_band(const typename C::Element* row, unsigned lane) {
     unsigned words[2] = {0, 0};
     const int n = lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int distance = static_cast<int>(lane % 4) * 2 + i / 2 * 8 + i % 2 - n - Band<C>::kShift;
+        const int distance = static_cast<int>(lane % 4) * 2 + i / 2 * 8 + i % 2 - n - VolumeBand<C>::kShift;
         if (is_tap(distance, C::kDilationW, C::kFilterW))
             words[i / 2] |= static_cast<unsigned>(load_one(row + distance / C::kDilationW).bits) << (i % 2 * 16);
     }
@@ -100,7 +60,7 @@ __device__ __forceinline__ void add_matrices(Volume<C>& own, const typename C::E
                 band = own.filter[(u * C::kFilterD + part + V::kPeriod * age) * 32];
 #pragma unroll
             for (int m = 0; m < C::kRows; ++m)
-                multiply_matrices<typename C::Element>(own.sums[slot_of<C>(age, phase)][m], a[m], band);
+                multiply_matrices<typename C::Element>(own.sums[slot_of<C>(age, phase)][m][0], a[m], band);
         }
     }
 }
@@ -122,7 +82,10 @@ __device__ __forceinline__ void place_groups(Volume<C>& own, const VolumePlace& 
             // In bytes. Groups that don't exist compute on the tile's first one.
             const int in_row = volume * static_cast<int>(tiling.tile_rows) + row * C::kStrideH;
             own.groups[m][half] =
-                2 * (pair + Volume<C>::kOffset - Band<C>::kShift + (exists ? in_row * C::kPitch + column : 0));
+                2 * (pair + Volume<C>::kOffset - VolumeBand<C>::kShift + (exists ? in_row * C::kPitch + column : 0));
+#ifndef DWCONV_EMULATOR
+            asm("" : "+r"(own.groups[m][half]));  // else it is computed again in every step
+#endif
             const int out_row = place.tile_row + row, out_column = place.tile_column + column + pair;
             own.places[m][half] =
                 exists && out_row < sizes.out_h && out_column < out_w ? out_row * out_w + out_column : -1;
@@ -137,39 +100,21 @@ __device__ __forceinline__ void place_groups(Volume<C>& own, const VolumePlace& 
     }
 }
 
-// One sum, product by product, from x itself.
-template <class C>
-__device__ __forceinline__ float exact_sum(const typename C::Element* x, const typename C::Element* filter, float sum,
-                                           const Sizes& sizes, int depth, int row, int column) {
-#pragma unroll 1
-    for (int tap = 0; tap < Volume<C>::kTaps; ++tap) {
-        const int t = tap / (C::kFilterH * C::kFilterW), u = tap / C::kFilterW % C::kFilterH, v = tap % C::kFilterW;
-        const int d = depth * C::kStrideD - C::kPadFront + t * C::kDilationD;
-        const int i = row * C::kStrideH - C::kPadTop + u * C::kDilationH;
-        const int j = column * C::kStrideW - C::kPadLeft + v * C::kDilationW;
-        if (d < 0 || d >= sizes.in_d || i < 0 || i >= sizes.in_h || j < 0 || j >= sizes.in_w) continue;
-        const long long at = d * sizes.x_depth + i * sizes.x_row + j * sizes.x_column;
-        sum += static_cast<float>(load_one(filter + tap)) * static_cast<float>(load_one(x + at));
-    }
-    return sum;
-}
-
 // Stores the outputs of a finished plane, `depth`; tensors.y is its start, x that of its volume.
 template <class C>
 __device__ __forceinline__ void store_matrices(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
                                                const VolumeTiling& tiling, const VolumePlace& place,
                                                const Volume<C>& own, const typename C::Element* x, int depth,
-                                               float bias, const float (&sums)[C::kRows][4][1],
+                                               float bias, const float (&sums)[C::kRows][1][4],
                                                const ChannelValues<float>& values) {
-    float checks[2] = {0, 0};  // NaN as soon as a sum is not finite
+    float checks[2] = {0, 0};  // not finite as soon as a sum is not, or where sums are very large
 #pragma unroll
     for (int m = 0; m < C::kRows; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int to = own.places[m][half];
-            const float pair[2] = {sums[m][2 * half][0], sums[m][2 * half + 1][0]};
-            checks[0] = fmaf(pair[0], 0.0f, checks[0]);
-            checks[1] = fmaf(pair[1], 0.0f, checks[1]);
+            const float pair[2] = {sums[m][0][2 * half], sums[m][0][2 * half + 1]};
+            checks[half] = fmaf(pair[0], pair[1], checks[half]);
             if constexpr (C::kStoreVector == 2) {
                 if (to >= 0) store_outputs<C, 2, 0>(tensors, to, pair, &values);
             } else {
@@ -178,14 +123,14 @@ __device__ __forceinline__ void store_matrices(const Tensors<typename C::Element
                     store_outputs<C, 1, 0>(tensors, to + 1, pair + 1, &values);
             }
         }
-    if (checks[0] + checks[1] == 0.0f) return;
+    if ((checks[0] + checks[1]) * 0.0f == 0.0f) return;
     unsigned wrong = 0;  // sums that are not finite, by their number
 #pragma unroll
     for (int m = 0; m < C::kRows; ++m)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
             if (own.places[m][e / 2] >= 0 && (e % 2 == 0 || own.seconds >> (2 * m + e / 2) & 1) &&
-                !(sums[m][e][0] * 0.0f == 0.0f))
+                !(sums[m][0][e] * 0.0f == 0.0f))
                 wrong |= 1u << (4 * m + e);
 #pragma unroll 1
     while (wrong != 0) {

@@ -34,7 +34,7 @@ __device__ __forceinline__ void volume_ncdhw(const Tensors<typename C::Element>&
     T* slots = shared_memory<T>();
     Sum* tiles = reinterpret_cast<Sum*>(slots + C::kStages * elements);
     Sum* taps = tiles + (V::kDirect ? 0 : 2 * elements);
-    constexpr int kBlockTaps = C::kMatrix ? V::kTapRows * 64 : C::kHeldTaps ? 0 : V::kTapRows * V::kTapRow;
+    constexpr int kBlockTaps = C::kMatrix ? V::kTapRows * 64 : C::kHeldTaps ? 0 : V::kTapPitch;
     int* table = reinterpret_cast<int*>(taps + tiling.volumes * kBlockTaps);
 
     unsigned piece = blockIdx.x * tiling.share;
@@ -53,6 +53,7 @@ __device__ __forceinline__ void volume_ncdhw(const Tensors<typename C::Element>&
         place.row = C::kMatrix ? 0 : place.tile_row + lane_y * C::kRows;
         place.column = C::kMatrix ? 0 : place.tile_column + lane_x * C::kColumns;
         place.residue = residue;
+        place.first_channel = 0;
         place.first = first;
         place.end = smaller(static_cast<int>(tiling.length.divisor), first + static_cast<int>(end - piece));
         piece += place.end - first;
@@ -72,13 +73,14 @@ __device__ __forceinline__ void volume_ncdhw(const Tensors<typename C::Element>&
         if constexpr (C::kMatrix) {
             // bands of the filters' rows: [volume][u][t][lane]
             uint2* bands = reinterpret_cast<uint2*>(taps);
+#pragma unroll smaller(9, V::kTapRows)  // so that loads don't wait for one another
             for (unsigned at = threadIdx.x; at < tiling.volumes * V::kTapRows * 32; at += tiling.threads) {
                 const unsigned row = at / 32 % V::kTapRows, u = row / C::kFilterD, t = row % C::kFilterD;
                 const unsigned of = static_cast<unsigned>(first_plane) + at / 32 / V::kTapRows;
                 const unsigned c = of - tiling.channels.quotient(of) * tiling.channels.divisor;
                 const T* filter_row =
                     tensors.w + (static_cast<long long>(c) * V::kTapRows + t * C::kFilterH + u) * C::kFilterW;
-                bands[at] = of < sizes.planes ? band_of<C>(filter_row, at % 32) : make_uint2(0, 0);
+                bands[at] = of < sizes.planes ? volume_band<C>(filter_row, at % 32) : make_uint2(0, 0);
             }
             __syncthreads();
             own.filter = bands + volume * V::kTapRows * 32 + threadIdx.x % 32;
@@ -90,18 +92,11 @@ __device__ __forceinline__ void volume_ncdhw(const Tensors<typename C::Element>&
             for (int tap = 0; tap < V::kTaps; ++tap)
                 own.held[tap / C::kFilterW][tap % C::kFilterW][0] = static_cast<Sum>(load_one(filter + tap));
         } else {
-            // rows of taps, padded to 16 bytes: [volume][u][t][v], so that one u's rows stand together
-            const int rows = static_cast<int>(tiling.volumes) * V::kTapRows;
-            for (int at = threadIdx.x; at < rows * V::kTapRow; at += tiling.threads) {
-                const int v = at % V::kTapRow, row = at / V::kTapRow;
-                const int u = row % V::kTapRows / C::kFilterD, t = row % C::kFilterD;
-                const long long of = first_plane + row / V::kTapRows;
+            share_taps<C>(tensors, tiling, tiling.volumes, taps, [&](int own_volume) {
+                const long long of = first_plane + own_volume;
                 const long long c = of - tiling.channels.quotient(static_cast<unsigned>(of)) * sizes.out_channels;
-                const bool exists = v < C::kFilterW && of < sizes.planes;
-                taps[at] = exists ? static_cast<Sum>(load_one(
-                                        tensors.w + ((c * C::kFilterD + t) * C::kFilterH + u) * C::kFilterW + v))
-                                  : Sum(0);
-            }
+                return of < sizes.planes ? c : -1;
+            });
         }
         place.rows = place.inside ? smaller(C::kRows, static_cast<int>(sizes.out_h) - place.row) : 0;
         place.columns = static_cast<int>(sizes.out_w) - place.column;
@@ -111,7 +106,7 @@ __device__ __forceinline__ void volume_ncdhw(const Tensors<typename C::Element>&
         const int column = (place.inside ? lane_x * C::kColumns * C::kStrideW : 0) + V::kOffset / 4 * 4;
         march<C>(tensors, sizes, tiling, place,
                  tensors.x + image * sizes.x_image + channel / C::kMultiplier * sizes.x_channel, slots, tiles, table,
-                 taps + (place.inside ? volume * V::kTapRows * V::kTapRow : 0), row * C::kPitch + column, own);
+                 nullptr, taps + (place.inside ? volume * V::kTapPitch : 0), row * C::kPitch + column, own);
     }
 }
 

@@ -1,7 +1,8 @@
 // volume_ndhwc.cuh: 3-D depthwise convolution, channels last: blocks march along depth, planes wait in shared memory
 //   y[n,h,i,j,c] = b[c] + sum_{t,u,v} w[c,t,u,v] * x[n, h*SD - PF + t*DD, i*SH - PT + u*DH, j*SW - PL + v*DW, c/M]
 //   x [N,D,H,W,C]   w [C*M,KD,KH,KW]   b [C*M] or null   y [N,OD,OH,OW,C*M]     offsets in elements
-//   A lane makes kRows x kColumns outputs of kVector neighbouring channels of each plane. The lanes of a chunk of
+//   A lane makes kRows x kColumns outputs of kVector neighbouring channels of each plane; on tensor cores
+//   (volume_pairs.cuh), a warp makes kRows products. The lanes of a chunk of
 //   kChunk input channels are neighbours; kSpotsX * lanes_y such groups make a tile. shared memory: kStages tiles of x
 //   (and two of float32 for 16-bit ones), the filters, offsets of the tile's vectors grid.x = blocks that take equal
 //   shares of all planes of all tiles (and residues of depth), one after the other least DRAM traffic: x + w + y, once
@@ -20,7 +21,7 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
     constexpr int kOutChunk = C::kChunk * C::kMultiplier;
     static_assert(C::kVector == 1 || C::kMultiplier == 1, "the channels of a lane must be neighbours in x, too");
     static_assert(kOutChunk % C::kVector == 0, "kVector must divide the channels of a chunk");
-    static_assert(C::kPitch % C::kChunk == 0, "rows of a tile are whole columns");
+    static_assert(C::kMatrix || C::kPitch % C::kChunk == 0, "rows of a tile are whole columns");
 
     unsigned rest;
     const auto next = [&rest](const FastDivisor& size) {
@@ -28,13 +29,20 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
         rest = quotient;
         return static_cast<int>(digit);
     };
-    const int lane = threadIdx.x % V::kLanes, spot = threadIdx.x / V::kLanes;
+    // Tensor cores: a warp has a pair of channels; there is one spot, and a lane's outputs are all over it.
+    const int lane = C::kMatrix ? threadIdx.x / 32 : threadIdx.x % V::kLanes;
+    const int spot = C::kMatrix ? 0 : threadIdx.x / V::kLanes;
     const int spot_x = spot % C::kSpotsX, spot_y = spot / C::kSpotsX;
     const int elements = tile_elements<C>(tiling);
     T* slots = shared_memory<T>();
     Sum* tiles = reinterpret_cast<Sum*>(slots + C::kStages * elements);
     Sum* taps = tiles + (V::kDirect ? 0 : 2 * elements);
-    int* table = reinterpret_cast<int*>(taps + (C::kHeldTaps ? 0 : V::kTaps * kOutChunk));
+    constexpr int kBlockTaps = C::kMatrix     ? Pairs<C>::kPairs * Pairs<C>::kWords
+                               : C::kHeldTaps ? 0
+                                              : V::kLanes * V::kTapPitch;
+    int* table = reinterpret_cast<int*>(taps + kBlockTaps);
+    // Tensor cores: a table of outputs follows, and the outputs.
+    unsigned* outputs = reinterpret_cast<unsigned*>(table + tiling.table + tiling.volumes * (C::kChunk / 2));
 
     unsigned piece = blockIdx.x * tiling.share;
     const unsigned end = piece + tiling.share < tiling.total ? piece + tiling.share : tiling.total;
@@ -48,25 +56,34 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
 
         VolumePlace place;
         place.image = rest;
-        place.tile_row = tile_y * static_cast<int>(tiling.lanes_y.divisor) * C::kRows;
-        place.tile_column = tile_x * C::kSpotsX * C::kColumns;
-        place.row = place.tile_row + spot_y * C::kRows;
-        place.column = place.tile_column + spot_x * C::kColumns;
+        place.tile_row = tile_y * static_cast<int>(tiling.lanes_y.divisor) * (C::kMatrix ? 1 : C::kRows);
+        place.tile_column =
+            tile_x * (C::kMatrix ? static_cast<int>(tiling.lanes_x.divisor) * 4 : C::kSpotsX * C::kColumns);
+        place.row = C::kMatrix ? 0 : place.tile_row + spot_y * C::kRows;
+        place.column = C::kMatrix ? 0 : place.tile_column + spot_x * C::kColumns;
         place.residue = residue;
+        place.first_channel = chunk * kOutChunk;
         place.first = first;
         place.end = smaller(static_cast<int>(tiling.length.divisor), first + static_cast<int>(end - piece));
         piece += place.end - first;
         // The last residues may have an output less.
         place.end = smaller(place.end, ceil_div(static_cast<int>(sizes.out_d) - residue, V::kResidues));
         if (place.first >= place.end) continue;  // as all of the block
-        place.channel = static_cast<long long>(chunk) * kOutChunk + lane * C::kVector;
-        place.inside = spot_y < static_cast<int>(tiling.lanes_y.divisor) && place.row < sizes.out_h &&
-                       place.column < sizes.out_w && place.channel < sizes.out_channels;
+        place.channel = static_cast<long long>(chunk) * kOutChunk + lane * V::kLaneChannels;
+        place.inside = C::kMatrix ? place.channel < sizes.out_channels
+                                  : spot_y < static_cast<int>(tiling.lanes_y.divisor) && place.row < sizes.out_h &&
+                                        place.column < sizes.out_w && place.channel < sizes.out_channels;
         if (!place.inside) place.channel = 0;
 
         make_table<C>(table, slots, tiles, sizes, tiling, place, 0, chunk * C::kChunk);
         Volume<C> own;
-        if constexpr (C::kHeldTaps) {
+        if constexpr (C::kMatrix) {
+            unsigned* words = reinterpret_cast<unsigned*>(taps);
+            share_pairs<C>(tensors, sizes, tiling, static_cast<long long>(chunk) * kOutChunk, words);
+            make_out_table<C>(table + tiling.table, sizes, tiling, place, chunk * kOutChunk);
+            __syncthreads();
+            place_pairs<C>(own, tiling, lane, words);
+        } else if constexpr (C::kHeldTaps) {
             const T* filter = tensors.w + place.channel * V::kTaps;
 #pragma unroll
             for (int tap = 0; tap < V::kTaps; ++tap)
@@ -75,16 +92,10 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
                     own.held[tap / C::kFilterW][tap % C::kFilterW][e] =
                         static_cast<Sum>(load_one(filter + e * V::kTaps + tap));
         } else {
-            // [u][t][v][channel]: neighbouring lanes read neighbouring words
-            for (int at = threadIdx.x; at < V::kTaps * kOutChunk; at += tiling.threads) {
-                const int tap = at % V::kTaps, of = at / V::kTaps;
-                const int v = tap % C::kFilterW, u = tap / C::kFilterW % C::kFilterH,
-                          t = tap / (C::kFilterW * C::kFilterH);
-                const long long c = static_cast<long long>(chunk) * kOutChunk + of;
-                const Sum value =
-                    c < sizes.out_channels ? static_cast<Sum>(load_one(tensors.w + c * V::kTaps + tap)) : Sum(0);
-                taps[((u * C::kFilterD + t) * C::kFilterW + v) * kOutChunk + of] = value;
-            }
+            share_taps<C>(tensors, tiling, V::kLanes, taps, [&](int own_channel) {
+                const long long c = static_cast<long long>(chunk) * kOutChunk + own_channel;
+                return c < sizes.out_channels ? c : -1;
+            });
         }
         place.rows = place.inside ? smaller(C::kRows, static_cast<int>(sizes.out_h) - place.row) : 0;
         place.columns = static_cast<int>(sizes.out_w) - place.column;
@@ -94,7 +105,8 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
         const int channel = lane * C::kVector / C::kMultiplier;
         march<C>(tensors, sizes, tiling, place,
                  tensors.x + place.image * sizes.x_image + static_cast<long long>(chunk) * C::kChunk, slots, tiles,
-                 table, taps + lane * C::kVector, row * C::kPitch + column * C::kChunk + channel, own);
+                 table, outputs, taps + (C::kMatrix ? 0 : lane * V::kTapPitch),
+                 row * C::kPitch + column * C::kChunk + channel, own);
     }
 }
 
@@ -115,7 +127,9 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
 #define DWCONV_PITCH 576
 #define DWCONV_STAGES 3
 #define DWCONV_LOAD_VECTOR 4
+#define DWCONV_STORE_VECTOR 1
 #define DWCONV_LINEAR 0
+#define DWCONV_MATRIX 0
 #define DWCONV_COLUMN_ALIGN 1
 #define DWCONV_BATCH 4
 #define DWCONV_ONE_BATCH 0
@@ -131,8 +145,8 @@ struct Config : ProblemConfig {
     static constexpr int kChunk = DWCONV_CHUNK, kSpotsX = DWCONV_SPOTS_X;
     static constexpr int kPitch = DWCONV_PITCH, kStages = DWCONV_STAGES, kBatch = DWCONV_BATCH;
     static constexpr bool kOneBatch = DWCONV_ONE_BATCH;
-    static constexpr int kLoadVector = DWCONV_LOAD_VECTOR, kStoreVector = DWCONV_VECTOR;
-    static constexpr bool kLinear = DWCONV_LINEAR, kMatrix = false;
+    static constexpr int kLoadVector = DWCONV_LOAD_VECTOR, kStoreVector = DWCONV_STORE_VECTOR;
+    static constexpr bool kLinear = DWCONV_LINEAR, kMatrix = DWCONV_MATRIX;
     static constexpr int kColumnAlign = DWCONV_COLUMN_ALIGN;
     static constexpr bool kHeldTaps = DWCONV_HELD_TAPS, kReload = DWCONV_RELOAD, kRotate = DWCONV_ROTATE;
     static constexpr int kUnrollRows = DWCONV_UNROLL_ROWS;

@@ -33,44 +33,22 @@ __device__ __forceinline__ void load_window(const T* row, Sum (&window)[Volume<C
     }
 }
 
-// One row of the filter.
+// The taps of a filter row [age][v], from shared memory.
 template <class C, class Sum>
-__device__ __forceinline__ void load_taps(const Sum* row, Sum (&tap)[C::kFilterW][C::kVector]) {
-    if constexpr (C::kChannelsLast) {
+__device__ __forceinline__ void load_taps(const Sum* row, Sum (&tap)[Volume<C>::kTapRow][C::kVector]) {
+    using V = Volume<C>;
+    constexpr int kWidth = 16 / static_cast<int>(sizeof(Sum));
+    Sum all[V::kTapRow * C::kVector];
 #pragma unroll
-        for (int v = 0; v < C::kFilterW; ++v) {
-            const auto both = *reinterpret_cast<const Vector<Sum, C::kVector>*>(row + v * Volume<C>::kTapStep);
+    for (int at = 0; at < V::kTapRow * C::kVector; at += kWidth) {
+        const auto some = *reinterpret_cast<const Vector<Sum, kWidth>*>(row + at);
 #pragma unroll
-            for (int e = 0; e < C::kVector; ++e) tap[v][e] = both.element[e];
-        }
-    } else {
-#pragma unroll
-        for (int v = 0; v < C::kFilterW; v += 4) {
-            Sum four[4];
-            if (C::kFilterW - v > 1)
-                load_shared_4(row + v, four);
-            else
-                four[0] = row[v];
-#pragma unroll
-            for (int e = 0; e < 4 && v + e < C::kFilterW; ++e) tap[v + e][0] = four[e];
-        }
+        for (int e = 0; e < kWidth; ++e) all[at + e] = some.element[e];
     }
-}
-
-// Adds kMany rows of windows, each to its sums.
-template <class C, int kMany, class Sum>
-__device__ __forceinline__ void add_rows(const Sum (&windows)[kMany][Volume<C>::kSpan][C::kVector],
-                                         const Sum (&tap)[C::kFilterW][C::kVector],
-                                         Sum (*sums)[C::kColumns][C::kVector]) {
 #pragma unroll
-    for (int v = 0; v < C::kFilterW; ++v)
+    for (int at = 0; at < V::kTapRow; ++at)
 #pragma unroll
-        for (int i = 0; i < kMany; ++i)  // inside, so that neighbouring instructions share their tap
-#pragma unroll
-            for (int o = 0; o < C::kColumns; ++o)
-#pragma unroll
-                for (int e = 0; e < C::kVector; ++e)
-                    sums[i][o][e] += tap[v][e] * windows[i][o * C::kStrideW + v * C::kDilationW][e];
+        for (int e = 0; e < C::kVector; ++e) tap[at][e] = all[at * C::kVector + e];
 }
 
 // Adds a plane to the outputs of the ages from `youngest` to `oldest`: tap t = part + kPeriod * age. All: to those of
@@ -85,31 +63,83 @@ __device__ __forceinline__ void add_plane(Volume<C>& own, const T* window, const
             bool is_read = false;
             for (int i = 0; i < C::kRows; ++i) is_read |= is_tap(r - i * C::kStrideH, C::kDilationH, C::kFilterH);
             if (!is_read) continue;
-            Sum row[1][V::kSpan][C::kVector];
-            load_window<C>(window + r * C::kPitch, row[0]);
+            Sum row[V::kSpan][C::kVector];
+            load_window<C>(window + r * C::kPitch, row);
 #pragma unroll
             for (int i = 0; i < C::kRows; ++i) {
                 const int below = r - i * C::kStrideH;
                 if (!is_tap(below, C::kDilationH, C::kFilterH)) continue;
 #pragma unroll
                 for (int age = 0; age < V::kAges; ++age)
-                    add_rows<C, 1>(row, own.held[age * C::kFilterH + below / C::kDilationH],
-                                   &own.sums[slot_of<C>(age, phase)][i]);
+#pragma unroll
+                    for (int v = 0; v < C::kFilterW; ++v)
+#pragma unroll
+                        for (int o = 0; o < C::kColumns; ++o)
+#pragma unroll
+                            for (int e = 0; e < C::kVector; ++e)
+                                own.sums[slot_of<C>(age, phase)][i][o][e] +=
+                                    own.held[age * C::kFilterH + below / C::kDilationH][v][e] *
+                                    row[o * C::kStrideW + v * C::kDilationW][e];
             }
         }
     } else {
 #pragma unroll All ? C::kUnrollRows : 1
         for (int u = 0; u < C::kFilterH; ++u) {
-            Sum rows[C::kRows][V::kSpan][C::kVector];
+            const Sum* row_taps = taps + (part * C::kFilterH + u) * (V::kTapRow * C::kVector);
+            if constexpr (All) {
+                Sum tap[V::kTapRow][C::kVector], rows[C::kRows][V::kSpan][C::kVector];
+                load_taps<C>(row_taps, tap);
 #pragma unroll
-            for (int i = 0; i < C::kRows; ++i)
-                load_window<C>(window + (i * C::kStrideH + u * C::kDilationH) * C::kPitch, rows[i]);
+                for (int i = 0; i < C::kRows; ++i)
+                    load_window<C>(window + (i * C::kStrideH + u * C::kDilationH) * C::kPitch, rows[i]);
+                // The order decides how many operands an instruction has from the one before instead of from registers,
+                // of which two can be read in a cycle: these two were the best of 80 orders (docs/variants).
+                const auto add = [&](int i, int o, int v, int age) {
 #pragma unroll
-            for (int age = 0; age < V::kAges; ++age) {
-                if (!All && (age < youngest || age > oldest)) continue;
-                Sum tap[C::kFilterW][C::kVector];
-                load_taps<C>(taps + (u * C::kFilterD + part + V::kPeriod * age) * V::kTapRow * V::kTapStep, tap);
-                add_rows<C, C::kRows>(rows, tap, own.sums[slot_of<C>(age, phase)]);
+                    for (int e = 0; e < C::kVector; ++e)
+                        own.sums[slot_of<C>(age, phase)][i][o][e] +=
+                            tap[age * C::kFilterW + v][e] * rows[i][o * C::kStrideW + v * C::kDilationW][e];
+                };
+#pragma unroll
+                for (int i = 0; i < C::kRows; ++i) {
+                    if constexpr (C::kChannelsLast) {
+#pragma unroll
+                        for (int o = 0; o < C::kColumns; ++o)
+#pragma unroll
+                            for (int age = V::kAges - 1; age >= 0; --age)
+#pragma unroll
+                                for (int v = 0; v < C::kFilterW; ++v) add(i, o, v, age);
+                    } else {
+#pragma unroll
+                        for (int v = 0; v < C::kFilterW; ++v)
+#pragma unroll
+                            for (int age = V::kAges - 1; age >= 0; --age)
+#pragma unroll
+                                for (int o = 0; o < C::kColumns; ++o)
+                                    add(i, (age + v + i) % 2 ? C::kColumns - 1 - o : o, v, age);
+                    }
+                }
+            } else {
+                Sum rows[C::kRows][V::kSpan][C::kVector];
+#pragma unroll
+                for (int i = 0; i < C::kRows; ++i)
+                    load_window<C>(window + (i * C::kStrideH + u * C::kDilationH) * C::kPitch, rows[i]);
+#pragma unroll
+                for (int age = 0; age < V::kAges; ++age) {
+                    if (age < youngest || age > oldest) continue;
+#pragma unroll
+                    for (int v = 0; v < C::kFilterW; ++v)
+#pragma unroll
+                        for (int e = 0; e < C::kVector; ++e) {
+                            const Sum tap = row_taps[(age * C::kFilterW + v) * C::kVector + e];
+#pragma unroll
+                            for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+                                for (int o = 0; o < C::kColumns; ++o)
+                                    own.sums[slot_of<C>(age, phase)][i][o][e] +=
+                                        tap * rows[i][o * C::kStrideW + v * C::kDilationW][e];
+                        }
+                }
             }
         }
     }

@@ -37,13 +37,25 @@ struct Volume {
     static_assert(!C::kHeldTaps || kPeriod == 1, "kHeldTaps needs taps that are known at compile time in every step");
     static constexpr int kSpan = (C::kColumns - 1) * C::kStrideW + (C::kFilterW - 1) * C::kDilationW + 1;
     static constexpr int kInRows = (C::kRows - 1) * C::kStrideH + (C::kFilterH - 1) * C::kDilationH + 1;
-    static constexpr int kTapRow = C::kChannelsLast ? C::kFilterW : ceil_div(C::kFilterW, 4) * 4;
+    // Taps in shared memory, of a lane's channels: [part of a period][u][age][v], rows [age][v] rounded up to 16 bytes.
+    // Neighbouring lanes' taps start in different banks.
+    static constexpr int kTapRow = ceil_div(C::kFilterW * kAges, 4) * 4;
+    static constexpr int kTapVector = 16 / static_cast<int>(sizeof(Sum));
+    static constexpr int kTapPitch =
+        (kPeriod * C::kFilterH * kTapRow * C::kVector / kTapVector / 2 * 2 + 1) * kTapVector;
     static constexpr int kTaps = C::kFilterD * C::kFilterH * C::kFilterW;
     static constexpr int kTapRows = C::kFilterD * C::kFilterH;
-    static constexpr int kTapStep = C::kChannelsLast ? C::kChunk * C::kMultiplier : 1;  // from tap to tap
     static constexpr int kShift = ceil_div(C::kPadLeft, C::kColumnAlign) * C::kColumnAlign;
     static constexpr int kOffset = kShift - C::kPadLeft;  // columns of the tile left of the first window
     static constexpr int kLanes = C::kChannelsLast ? C::kChunk * C::kMultiplier / C::kVector : 1;
+    static constexpr bool kPaired = C::kMatrix && C::kChannelsLast;  // volume_pairs.cuh
+    static constexpr int kSteps = kPaired ? ceil_div(3 * C::kStrideW + (C::kFilterW - 1) * C::kDilationW + 1, 8) : 1;
+    // Elements from pixel to pixel of a tile, channels last: of pairs, an odd number, so that they lie in different
+    // banks.
+    static constexpr int kPixel = kPaired ? C::kChunk / 4 * 4 + 2 : C::kChunk;
+    // A lane's sums are those of kRows x kColumns outputs of kVector channels, or its four of each of kRows products.
+    static constexpr int kSumColumns = C::kMatrix ? 1 : C::kColumns, kSumVector = C::kMatrix ? 4 : C::kVector;
+    static constexpr int kLaneChannels = kPaired ? 2 : C::kVector;
     static constexpr bool kRotates = C::kRotate && kPeriod == 1;
     static constexpr int kUnroll = kRotates ? kAges : 1;
     static_assert(C::kPitch % C::kLoadVector == 0, "kLoadVector must divide kPitch: rows are whole vectors");
@@ -54,6 +66,10 @@ struct Volume {
             if (is_tap(k - o * C::kStrideW, C::kDilationW, C::kFilterW)) return true;
         return false;
     }
+    // Where tap t, u, v stands in a lane's.
+    static __host__ __device__ constexpr int tap_place(int t, int u, int v) {
+        return (t % kPeriod * C::kFilterH + u) * kTapRow + t / kPeriod * C::kFilterW + v;
+    }
     // The places of a quad of columns that are read: how many, and the last.
     static __host__ __device__ constexpr int used(int quad) {
         int count = 0;
@@ -61,22 +77,43 @@ struct Volume {
         return count;
     }
 
-    Sum sums[kAges][C::kRows][C::kColumns][C::kVector];
+    Sum sums[kAges][C::kRows][kSumColumns][kSumVector];
     Sum held[C::kHeldTaps && !C::kMatrix ? kTapRows : 1][C::kFilterW][C::kVector];
-    // With kMatrix (volume_matrix.cuh), kRows is the number of a warp's products, 16 groups of 8 columns each; a lane
-    // has two of the groups: where its elements of them are in a tile and in a plane of y (-1: nowhere); whether the
-    // second of a pair of outputs exists; its part of the filter's bands.
+    // With kMatrix, channels first (volume_matrix.cuh), kRows is the number of a warp's products, 16 groups of 8
+    // columns each; a lane has two of the groups: where its elements of them are in a tile and in a plane of y (-1:
+    // nowhere); whether the second of a pair of outputs exists; its part of the filter's bands.
     int groups[C::kMatrix ? C::kRows : 1][2], places[C::kMatrix ? C::kRows : 1][2];
     int first_group;
     unsigned seconds;
-    uint2 bands[C::kMatrix && C::kHeldTaps ? kTapRows : 1];
+    uint2 bands[C::kMatrix && C::kHeldTaps ? kTapRows * kSteps : 1];
     const uint2* filter;
+    // Channels last (volume_pairs.cuh): the lane's words of the filter, and its first place in the tile of outputs.
+    const unsigned* words[2 * kSteps];
+    int out_word;
 };
 
 // Where the sums of an age stand, in the phase of a rotation.
 template <class C>
 __device__ __forceinline__ constexpr int slot_of(int age, int phase) {
     return Volume<C>::kRotates ? (phase - age + Volume<C>::kAges) % Volume<C>::kAges : age;
+}
+
+// The filters of `lanes` lanes in shared memory; channel_of says whose filter is whose, none if negative.
+template <class C, class Sum, class Channels>
+__device__ __forceinline__ void share_taps(const Tensors<typename C::Element>& tensors, const VolumeTiling& tiling,
+                                           int lanes, Sum* taps, const Channels& channel_of) {
+    using V = Volume<C>;
+    for (int at = threadIdx.x; at < lanes * V::kTapPitch; at += tiling.threads) taps[at] = Sum(0);
+    __syncthreads();
+#pragma unroll 8  // so that loads don't wait for one another
+    for (int at = threadIdx.x; at < lanes * C::kVector * V::kTaps; at += tiling.threads) {
+        const int tap = at % V::kTaps, lane = at / V::kTaps / C::kVector, e = at / V::kTaps % C::kVector;
+        const int v = tap % C::kFilterW, u = tap / C::kFilterW % C::kFilterH, t = tap / (C::kFilterW * C::kFilterH);
+        const long long channel = channel_of(lane * C::kVector + e);
+        if (channel >= 0)
+            taps[lane * V::kTapPitch + V::tap_place(t, u, v) * C::kVector + e] =
+                static_cast<Sum>(load_one(tensors.w + channel * V::kTaps + tap));
+    }
 }
 
 // ---- copies into shared memory that run on their own, where the architecture has them ----
@@ -131,6 +168,7 @@ struct VolumePlace {
     long long image, channel;   // of the lane's outputs; channels last: the first of its channels
     int first, end;             // the stretch of depth: outputs first..end-1 of a residue
     int residue;
+    int first_channel;  // channels last: of the block
     bool inside;        // whether the lane has outputs
     int rows, columns;  // that are inside of y
 };
@@ -166,8 +204,9 @@ __device__ __forceinline__ void make_table(int* table, typename C::Element* slot
                 exists = column >= 0 && column < in_w * C::kChunk;
                 offset = column;
             } else {
-                const int column = left + element / C::kChunk, channel = element % C::kChunk;
-                exists = column >= 0 && column < in_w &&
+                const int column = left + element / V::kPixel, channel = element % V::kPixel;
+                exists = column >= 0 && column < in_w && column < left + static_cast<int>(tiling.tile_columns) &&
+                         channel < C::kChunk &&
                          first_channel + channel < static_cast<int>(sizes.out_channels / C::kMultiplier);
                 offset = column * sizes.x_column + channel;
             }

@@ -9,6 +9,7 @@
 //   that fetched them, into one of two tiles of float32.
 #pragma once
 #include "volume_matrix.cuh"
+#include "volume_pairs.cuh"
 #include "volume_sums.cuh"
 
 namespace dwconv {
@@ -27,7 +28,8 @@ template <class C, class Sum>
 __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
                                       const VolumeTiling& tiling, const VolumePlace& place,
                                       const typename C::Element* x, typename C::Element* slots, Sum* tiles,
-                                      const int* table, const Sum* taps, int window, Volume<C>& own) {
+                                      const int* table, unsigned* outputs, const Sum* taps, int window,
+                                      Volume<C>& own) {
     using V = Volume<C>;
     using T = typename C::Element;
     const int elements = tile_elements<C>(tiling);
@@ -56,21 +58,22 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
         next_x += plane_apart;
         ++next;
     };
-    Sum bias[C::kVector];
-    ChannelValues<Sum> values[C::kVector];
+    Sum bias[V::kLaneChannels];
+    ChannelValues<Sum> values[V::kLaneChannels];
 #pragma unroll
-    for (int e = 0; e < C::kVector; ++e) {
+    for (int e = 0; e < V::kLaneChannels; ++e) {
+        const bool exists = place.inside && (!V::kPaired || place.channel + e < sizes.out_channels);
         bias[e] = Sum(0);
-        if (C::kHasBias && place.inside) bias[e] = static_cast<Sum>(load_one(tensors.b + place.channel + e));
-        values[e] = channel_values<C>(tensors, place.inside ? place.channel + e : 0);
+        if (C::kHasBias && exists) bias[e] = static_cast<Sum>(load_one(tensors.b + place.channel + e));
+        values[e] = channel_values<C>(tensors, exists ? place.channel + e : 0);
     }
-    const auto begin = [&](Sum(&sums)[C::kRows][C::kColumns][C::kVector]) {
+    const auto begin = [&](Sum(&sums)[C::kRows][V::kSumColumns][V::kSumVector]) {
 #pragma unroll
         for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
-            for (int o = 0; o < C::kColumns; ++o)
+            for (int o = 0; o < V::kSumColumns; ++o)
 #pragma unroll
-                for (int e = 0; e < C::kVector; ++e) sums[i][o][e] = bias[e];
+                for (int e = 0; e < V::kSumVector; ++e) sums[i][o][e] = bias[e % V::kLaneChannels];
     };
 
     // x of the lane's own volume, of which a block may have several
@@ -83,6 +86,19 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
     Tensors<T> out = tensors;  // y and residual from the next finished plane on
     out.y += first_out + (place.first * V::kResidues + place.residue) * out_plane;
     if constexpr (C::kHasResidual) out.residual += out.y - tensors.y;
+    // Outputs of pairs of channels on their way out, twice in shared memory.
+    T* pending = nullptr;
+    int pending_in = 0;
+    const int out_words = V::kPaired ? static_cast<int>(tiling.volumes) * Pairs<C>::kOutPitch : 0;
+    const auto store_pending = [&] {
+        if constexpr (V::kPaired) {
+            if (pending == nullptr) return;
+            store_pairs<C>(pending, sizes, tiling, place.first_channel, table + tiling.table,
+                           outputs + pending_in * out_words);
+            pending = nullptr;
+            pending_in ^= 1;
+        }
+    };
     constexpr int kAhead = V::kDirect ? C::kStages - 1 : C::kStages;  // planes in flight while one is added
 #pragma unroll
     for (int step = 0; step < kAhead; ++step) start(step);
@@ -102,6 +118,7 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
             if constexpr (V::kDirect) {
                 __syncthreads();  // this plane has arrived, and the one before is no longer read
                 start(stage == 0 ? C::kStages - 1 : stage - 1);
+                store_pending();
                 tile = slots + stage * elements;
             } else {
                 Sum* to = tiles + now % 2 * elements;
@@ -121,9 +138,9 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
 #pragma unroll
                     for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
-                        for (int o = 0; o < C::kColumns; ++o)
+                        for (int o = 0; o < V::kSumColumns; ++o)
 #pragma unroll
-                            for (int e = 0; e < C::kVector; ++e) own.sums[age][i][o][e] = own.sums[age - 1][i][o][e];
+                            for (int e = 0; e < V::kSumVector; ++e) own.sums[age][i][o][e] = own.sums[age - 1][i][o][e];
                 begin(own.sums[0]);
             }
             const int newest = place.first + now / V::kPeriod, part = now % V::kPeriod;
@@ -131,12 +148,23 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
             const int youngest = larger(0, newest - place.end + 1);
             const int oldest = smaller(newest - place.first, (C::kFilterD - 1 - part) / V::kPeriod);
             // Sums of other outputs are never stored; where they cost little, they are made all the same.
-            constexpr bool kAll = (C::kMatrix || C::kHeldTaps) && V::kPeriod == 1;
+            constexpr bool kAll = (C::kMatrix ? !V::kPaired || C::kHeldTaps : C::kHeldTaps) && V::kPeriod == 1;
             const bool is_whole = kAll || (youngest == 0 && oldest == V::kAges - 1);
             const int finished = newest - (V::kAges - 1);
             const bool is_finished = part == (C::kFilterD - 1) % V::kPeriod && finished >= place.first;
             const int depth = finished * V::kResidues + place.residue;
-            if constexpr (C::kMatrix) {
+            if constexpr (V::kPaired) {
+                if (!is_padding && is_whole) add_pairs<C, true>(own, tile, part, phase, youngest, oldest);
+                if (!is_padding && !is_whole) add_pairs<C, false>(own, tile, part, phase, youngest, oldest);
+                if (is_finished) {
+                    // The next step's barrier stands before these are stored, the one after it before they are
+                    // replaced.
+                    finish_pairs<C>(out, sizes, tiling, place, own, volume_x, depth, bias,
+                                    own.sums[slot_of<C>(V::kAges - 1, phase)], values,
+                                    outputs + pending_in * out_words);
+                    pending = out.y - place.channel + place.first_channel;
+                }
+            } else if constexpr (C::kMatrix) {
                 if (!is_padding && is_whole) add_matrices<C, true>(own, tile, part, phase, youngest, oldest);
                 if (!is_padding && !is_whole) add_matrices<C, false>(own, tile, part, phase, youngest, oldest);
                 if (is_finished)
@@ -156,6 +184,10 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
         }
     }
     wait_for_groups<0>();
+    if constexpr (V::kPaired) {
+        __syncthreads();
+        store_pending();
+    }
     __syncthreads();  // nobody reads the tiles, the table or the filters any more
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from .base import Variant
 from .direct_nchw import DirectNchw
 from .direct_nhwc import DirectNhwc
+from .matrix_nchw import MatrixNchw
+from .matrix_nhwc import MatrixNhwc
 from .one_per_thread import OnePerThread
 from .staged_nchw import StagedNchw
 from .tile16 import Tile16
@@ -19,8 +21,10 @@ REGISTRY: dict[str, Variant] = {
         DirectNchw(),
         WideNchw(),
         StagedNchw(),
+        MatrixNchw(),
         DirectNhwc(),
         WideNhwc(),
+        MatrixNhwc(),
         VolumeNcdhw(),
         VolumeNdhwc(),
         OnePerThread(),

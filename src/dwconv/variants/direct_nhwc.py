@@ -16,6 +16,7 @@ from .strips import too_long, window_rows
 MAX_TAPS = 32
 USUAL_SIDES = (7, 14, 28, 56)  # of images
 SHARED_STEPS = (0, 8, 16, 32, 64, 100, 132, 164, 196, 228)  # KiB of shared memory that the H200 can set apart
+SMALL = 8 << 20  # bytes of traffic that take hardly longer than the launch
 KEPT = 56  # numbers of the filter that a thread keeps in registers; more are read from shared memory for every row
 
 
@@ -237,6 +238,9 @@ class DirectNhwc(Variant):
                 found.reverse()
         else:
             found = [one] if side == 28 else [flat if side == 14 else many, one]
+        if is_small(problem):
+            # one round of many small blocks: what counts is how soon the last one has its data
+            found.insert(0, (2, 2, 2, 256, 192, 1, 1, 1) if half else (4, 2, 2, 256, 128, 1, 1, 1))
         if problem.dtype == "float64":  # a sum takes two registers
             found = [(min(2, rows), *shape) for rows, *shape in found]
         found.append((2, 2, 1, 128, 64, 1, 1, 1))  # where nothing else is legal
@@ -358,6 +362,12 @@ class DirectNhwc(Variant):
         )
 
 
+def is_small(problem: DepthwiseProblem) -> bool:
+    """3x3 on an image or two: 1 x 144 x 56 x 56 takes 6.3 us, of which 2.5 are the launch (H200, 2026-11)."""
+    few = problem.batch <= 2 and problem.least_bytes < SMALL
+    return few and problem.taps == 9 and max(*problem.stride, *problem.dilation) == 1
+
+
 def usual_side(problem: DepthwiseProblem) -> int:
     """The side of usual images that is next to the problem's: a class of sizes."""
     side = math.sqrt(math.prod(problem.size))
@@ -401,7 +411,7 @@ def seconds(
     outputs = tile.rows * tile.columns
     span = (tile.columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
     window = window_rows(problem, tile.rows) * span
-    half = problem.element_bytes == 2
+    half, pixel = problem.element_bytes == 2, problem.out_channels * problem.element_bytes
     instructions = (
         outputs * tile.vector * problem.taps
         + window * (1 + max(1, tile.vector // problem.multiplier) * half)  # shared loads and conversions
@@ -426,10 +436,14 @@ def seconds(
         rounds = block_tiles * -(-blocks // device.multiprocessors)
     # What the fit leaves over: problems of 800 MB and more are 11 % faster.
     norm *= 1 - 0.11 * min(1.0, max(0.0, problem.least_bytes / 4e8 - 1))
+    if half and pixel > 128 and pixel % 128:
+        norm *= 1.15  # lines of which blocks take a part each,
     if problem.taps <= 9:
         norm *= 0.92  # and the tiles in the list are those that the fit is too hard on,
     clocks = norm * rounds + 1.35 * alone
     if problem.taps <= 11 and (usual_side(problem) <= 14 or (problem.filter[0] == 1 and tile.stages > 1)):
         clocks *= 0.84  # most of all on small images and sequences
+    if is_small(problem):
+        clocks *= 0.8
     # beside wide_nhwc's model, over both suites: 6 % less chooses the faster of the two most often (H200, 2026-11)
     return 0.94 * (LAUNCH_SECONDS + clocks / device.clock)

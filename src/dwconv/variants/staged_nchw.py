@@ -11,14 +11,14 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem, dense_strides
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant
-from .strips import too_long, window_rows
+from .staged_march import FEW_TAPS, NO_MARCH, NO_MARCH_TILING, every_march, march_of
+from .strips import divided, short_divisor, too_long, up, window_rows
 
 SMALL = 33  # rows and columns up to which an image is small
 NARROW = 32  # columns below which the kernel is made for what the rows' length is a multiple of
 WIDE_TILES = 64  # tiles side by side beyond which a plane is cut into ranges of columns
 MAX_MULTIPLY_ADDS = 1400  # unrolled; more take too long to compile
 MAX_REGISTERS = 190  # sums, taps and window of a thread; ptxas needs some more, and 255 is the most there are
-FEW_TAPS = 25  # that direct_nchw holds in registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +75,6 @@ class Geometry:
     filter_elements: int
 
 
-def divided(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def up(a: int, multiple: int, remainder: int = 0) -> int:
-    """The least number from a on that is `remainder` modulo `multiple`.
-
-    >>> up(9, 8), up(9, 8, 2)
-    (16, 10)
-    """
-    return a + (remainder - a) % multiple
-
-
-def short_divisor(divisor: int) -> tuple[int, int]:
-    """The fields of `dwconv::ShortDivisor`: divisor, and multiplier = 2**31 / divisor, rounded up.
-
-    Exact for n < 2**16 and divisors below 2**15: the quotient is off by less than n * divisor / 2**31.
-
-    >>> divisor, multiplier = short_divisor(7)
-    >>> all(2 * n * multiplier >> 32 == n // 7 for n in range(2**16))
-    True
-    """
-    return divisor, divided(2**31, divisor)
-
-
 def widths(problem: DepthwiseProblem) -> tuple[int, int]:
     """Elements, 4, 2 or 1, that stand together in a row of x at an aligned address, and in a row of y.
 
@@ -139,11 +113,16 @@ def tap_rows(problem: DepthwiseProblem, tile: Tile) -> int:
     return divided(height, divided(height, max(1, most)))
 
 
-def registers(problem: DepthwiseProblem, tile: Tile) -> int:
-    """Estimate of a thread's registers: sums, taps, and the window of a row."""
+def window_quads(problem: DepthwiseProblem, tile: Tile) -> set[int]:
+    """Four neighbouring columns of shared memory each, those that a tile reads."""
     lead = up(problem.padding[1][0], widths(problem)[0]) - problem.padding[1][0]
     taps = range(0, problem.filter[1] * problem.dilation[1], problem.dilation[1])
-    quads = {(lead + o * problem.stride[1] + v) // 4 for o in range(tile.columns) for v in taps}
+    return {(lead + o * problem.stride[1] + v) // 4 for o in range(tile.columns) for v in taps}
+
+
+def registers(problem: DepthwiseProblem, tile: Tile) -> int:
+    """Estimate of a thread's registers: sums, taps, and the window of a row."""
+    quads = window_quads(problem, tile)
     values = tile.rows * tile.columns + tap_rows(problem, tile) * problem.filter[1] + 4 * len(quads)
     return values * max(1, problem.element_bytes // 4)
 
@@ -183,6 +162,7 @@ class StagedNchw(Variant):
         yield replace(tile, threads=64, min_blocks=1, skip_rows=not tile.skip_rows)
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
+        yield march_of(self.stem, problem, device)
         tile = tile_for(problem)
         if problem.taps <= FEW_TAPS and max(problem.size) > SMALL:
             yield Rejection(
@@ -196,7 +176,8 @@ class StagedNchw(Variant):
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
         """The plans of all legal tiles, of large images too: for tests and for tuning."""
-        plans = (self.plan(problem, device, tile) for tile in self.tiles(problem))
+        plans = [self.plan(problem, device, tile) for tile in self.tiles(problem)]
+        plans += every_march(self.stem, problem, device)
         return [plan for plan in plans if isinstance(plan, Plan)]
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
@@ -228,22 +209,26 @@ class StagedNchw(Variant):
                 f"{max(blocks, in_planes * problem.multiplier)} planes or blocks can't be numbered in 31 bits"
             )
         load, store = widths(problem)
-        constants = problem_constants(problem) | {
-            "THREADS": tile.threads,
-            "MIN_BLOCKS": tile.min_blocks,
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "TAP_ROWS": tap_rows(problem, tile),
-            "LOADS": tile.loads,
-            "GRANULE": load,
-            "STORE_VECTOR": min(store, tile.columns),
-            "STRETCH": int(geometry.stretch),
-            "STAGE_OUTPUTS": int(stages_outputs(problem, geometry)),
-            "SKIP_ROWS": int(tile.skip_rows),
-            "SHARE_FILTERS": int(shares_filters(problem, tile)),
-            "SHARED_BUDGET": budget,
-            "SHARED_LIMIT": limit,
-        }
+        constants = (
+            problem_constants(problem)
+            | {
+                "THREADS": tile.threads,
+                "MIN_BLOCKS": tile.min_blocks,
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "TAP_ROWS": tap_rows(problem, tile),
+                "LOADS": tile.loads,
+                "GRANULE": load,
+                "STORE_VECTOR": min(store, tile.columns),
+                "STRETCH": int(geometry.stretch),
+                "STAGE_OUTPUTS": int(stages_outputs(problem, geometry)),
+                "SKIP_ROWS": int(tile.skip_rows),
+                "SHARE_FILTERS": int(shares_filters(problem, tile)),
+                "SHARED_BUDGET": budget,
+                "SHARED_LIMIT": limit,
+            }
+            | NO_MARCH
+        )
         return Plan(
             problem=problem,
             device=device,
@@ -271,6 +256,7 @@ class StagedNchw(Variant):
                 max(0, geometry.plane_pitch - geometry.lines * geometry.pitch),
                 geometry.filter_elements,
                 geometry.image_vectors,
+                *NO_MARCH_TILING,
             ),
             tile=f"{tile}, {geometry.planes} planes" if geometry.planes > 1 else str(tile),
             predicted_seconds=staged_seconds(problem, device, tile, geometry, max(1, blocks)),
@@ -382,7 +368,7 @@ def staged_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, ge
     window, bytes_ = window_rows(problem, tile.rows), problem.element_bytes
     span = (tile.columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
     load, store = widths(problem)
-    granules = 16 // bytes_ / load
+    quads, granules = len(window_quads(problem, tile)), 16 // bytes_ / load
     in_rows = min(problem.size[0], window_rows(problem, geometry.item_rows))
     in_columns = min(problem.size[1], geometry.item_columns * problem.stride[1] + problem.filter[1])
     fetched = geometry.planes * in_rows * in_columns
@@ -399,7 +385,7 @@ def staged_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, ge
         + (8 * outputs // store if staged else 8 * tile.rows)
     )
     clocks = (
-        used * window * (span / 4 + 1) * bytes_
+        used * window * quads * bytes_
         + problem.taps * (2 if shared else 1)
         + vectors * (4 + (4 if bytes_ == 2 else 7) * granules)
         + zeros * 4

@@ -5,6 +5,32 @@ from __future__ import annotations
 from ..problem import DepthwiseProblem
 
 
+def divided(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def up(a: int, multiple: int, remainder: int = 0) -> int:
+    """The least number from a on that is `remainder` modulo `multiple`.
+
+    >>> up(9, 8), up(9, 8, 2)
+    (16, 10)
+    """
+    return a + (remainder - a) % multiple
+
+
+def short_divisor(divisor: int) -> tuple[int, int]:
+    """The fields of `dwconv::ShortDivisor`: divisor, and multiplier = 2**31 / divisor, rounded up.
+
+    Exact for n < 2**16 and divisors below 2**15: the quotient is off by less than n * divisor / 2**31.
+
+    >>> divisor, multiplier = short_divisor(7)
+    >>> all(2 * n * multiplier >> 32 == n // 7 for n in range(2**16))
+    True
+    """
+    return divisor, divided(2**31, divisor)
+
+
 def window_rows(problem: DepthwiseProblem, rows: int) -> int:
     """Input rows that `rows` neighbouring output rows reach over."""
     return (rows - 1) * problem.stride[0] + (problem.filter[0] - 1) * problem.dilation[0] + 1

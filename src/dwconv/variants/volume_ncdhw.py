@@ -17,9 +17,11 @@ from .volumes import (
     copies,
     divisors,
     first_legal,
+    lane_taps,
     make_plan,
     march_seconds,
     matrix_instructions,
+    most_volumes,
     needs_reload,
     numbered,
     power_of_two,
@@ -84,7 +86,7 @@ class VolumeNcdhw(Variant):
             yield Tile(2, threads=64, stages=4, held=True, reload=reload)
         for rows in (2, 1):
             unroll = 4 * rows * problem.taps <= 1000
-            yield Tile(rows, threads=128, reload=reload, min_blocks=4, unroll=unroll)
+            yield Tile(rows, threads=128, stages=4 if unroll else 3, reload=reload, min_blocks=4, unroll=unroll)
         if not reload:
             yield Tile(1, threads=128, reload=True, min_blocks=4)
 
@@ -123,7 +125,7 @@ class VolumeNcdhw(Variant):
             lanes_y = -(-groups // tiles_y)
             tile_rows = rows_of(problem, lanes_y * tile.rows)
             vectors = tile_rows * pitch // vector
-            taps = problem.filter[0] * problem.filter[1] * (-(-problem.filter[2] // 4) * 4)
+            taps = lane_taps(problem, tile)
             one = shared_bytes(problem, tile, vectors * vector, vectors + tile.batch * tile.threads, taps)
             if one <= limit or lanes_y == 1:
                 break
@@ -136,7 +138,8 @@ class VolumeNcdhw(Variant):
             and math.prod(problem.x_shape) < 2**30
             and not any(s >= 2**30 for s in self._ends(problem))
         ):
-            volumes = max(1, min(tile.threads // (lanes_x * lanes_y), planes, max(1, limit // 2) // one))
+            volumes = min(tile.threads // (lanes_x * lanes_y), most_volumes(planes, device), max(1, limit // 2) // one)
+            volumes = max(1, volumes)
         threads = -(-lanes_x * lanes_y * volumes // 32) * 32
         table = table_entries(volumes * vectors, tile, threads)
         shared = shared_bytes(problem, tile, volumes * vectors * vector, table, volumes * taps)
@@ -154,7 +157,7 @@ class VolumeNcdhw(Variant):
         own_vectors = volumes * vectors / threads
         inputs = rows_of(problem, tile.rows) if tile.held else tile.rows * problem.filter[1]
         quads = -(-(span(problem, tile.columns) + -problem.padding[2][0] % vector % 4) // 4)
-        taps_read = 0 if tile.held else march.ages * problem.filter[1] * ceil_div(problem.filter[2], 4)
+        taps_read = 0 if tile.held else problem.filter[1] * ceil_div(march.ages * problem.filter[2], 4)
         stores = tile.rows * tile.columns // store
         instructions = sum_instructions(problem, tile, inputs * quads + taps_read, stores, own_vectors)
         return make_plan(
@@ -229,7 +232,7 @@ class VolumeNcdhw(Variant):
             and math.prod(problem.x_shape) < 2**30
             and not any(s >= 2**30 for s in self._ends(problem))
         ):
-            volumes = max(1, min(warps // own_warps, planes))
+            volumes = max(1, min(warps // own_warps, most_volumes(planes, device)))
             while volumes > 1 and matrix_shared(problem, tile, volumes, own_warps, vectors, vector) > limit // 2:
                 volumes -= 1
         threads = own_warps * volumes * 32

@@ -17,10 +17,13 @@ from .volumes import (
     copies,
     divisors,
     first_legal,
+    lane_taps,
     make_plan,
     march_seconds,
     needs_reload,
     numbered,
+    pair_instructions,
+    pair_steps,
     power_of_two,
     rejected_tile,
     rows_of,
@@ -33,6 +36,8 @@ from .volumes import (
 )
 
 MOST_CHANNELS = 64  # channels of a chunk
+MANY_TAPS = 100  # from here on, tensor cores are faster than multiply-adds, if many planes are in the making
+GROUPS = (1, 2, 4, 7, 8)  # of four columns, beside one another on tensor cores: the class that a kernel is compiled for
 
 
 def chunk_of(problem: DepthwiseProblem, vector: int) -> int:
@@ -43,6 +48,14 @@ def chunk_of(problem: DepthwiseProblem, vector: int) -> int:
     most = max(1, MOST_CHANNELS // problem.multiplier)
     chunks = -(-channels // most)
     return ceil_div(ceil_div(channels, chunks), vector) * vector
+
+
+def pairs_of(channels: int) -> int:
+    """Pairs of channels in a block of tensor cores' products: 32 bytes where they divide, else the fewest in vain."""
+    pairs = ceil_div(channels, 2)
+    if channels % 16 == 0 or pairs <= 8:
+        return min(pairs, 8)
+    return min(range(10, 5, -1), key=lambda n: -(-pairs // n) * n)
 
 
 class VolumeNdhwc(Variant):
@@ -58,6 +71,9 @@ class VolumeNdhwc(Variant):
         """Every tile that comes into question, fastest first as measured (docs/variants/volume_ndhwc.md)."""
         reload = needs_reload(problem)
         flows = March.of(problem, reload).period == 1
+        if flows and problem.filter[0] >= 5 and problem.taps >= MANY_TAPS:
+            for rows in (2, 1):  # more than 5 ages are too many to unroll the march by
+                yield Tile(rows, matrix=True, reload=reload, rotate=problem.filter[0] <= 5, min_blocks=2)
         if flows and problem.taps <= HELD_TAPS and problem.dtype != "float64":
             for channels in (2, 1):
                 yield Tile(2, 4, channels, 128, held=True, reload=reload, rotate=True, spots_x=2, min_blocks=4)
@@ -83,6 +99,8 @@ class VolumeNdhwc(Variant):
 
         if reason := rejected_tile(problem, tile):
             return rejected(reason)
+        if tile.matrix:
+            return self.matrix_plan(problem, device, tile)
         if tile.vector > 1 and (problem.multiplier > 1 or problem.channels % tile.vector):
             return rejected(f"lanes of {tile.vector} channels need a multiplier of 1 and as many channels")
         if tile.vector * problem.element_bytes > problem.aligned:
@@ -118,7 +136,7 @@ class VolumeNdhwc(Variant):
         pitch = tile_columns * chunk
         groups = -(-out_h // tile.rows)
         most = spots // spots_x
-        taps = problem.taps * chunk * problem.multiplier
+        taps = lane_taps(problem, tile) * lanes
         shared_limit = device.shared_bytes - 1024
         while True:
             tiles_y = -(-groups // most)
@@ -141,7 +159,7 @@ class VolumeNdhwc(Variant):
             return rejected(reason)
         inputs = rows_of(problem, tile.rows) if tile.held else tile.rows * problem.filter[1]
         loads = inputs * span(problem, tile.columns)
-        loads += 0 if tile.held else march.ages * problem.filter[1] * problem.filter[2]
+        loads += 0 if tile.held else problem.filter[1] * ceil_div(march.ages * problem.filter[2] * tile.vector, 4)
         instructions = sum_instructions(problem, tile, loads, tile.rows * tile.columns, vectors / threads)
         return make_plan(
             self.stem,
@@ -155,6 +173,8 @@ class VolumeNdhwc(Variant):
                 "SPOTS_X": spots_x,
                 "PITCH": pitch,
                 "LOAD_VECTOR": vector,
+                "STORE_VECTOR": tile.vector,
+                "MATRIX": 0,
                 "LINEAR": int(linear),
                 "COLUMN_ALIGN": align,
             }
@@ -175,5 +195,94 @@ class VolumeNdhwc(Variant):
                 total,
             ),
             words=f"{tile}; {chunk} channels × {lanes_y} × {spots_x} groups of lanes, {share} planes a block",
+            seconds=march_seconds(problem, device, tile, blocks, threads, share, instructions),
+        )
+
+    def matrix_plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
+        """The plan of a tile whose products tensor cores sum, or why it is not legal."""
+
+        def rejected(reason: str) -> Rejection:
+            return Rejection(self.stem, str(tile), reason)
+
+        if problem.element_bytes != 2:
+            return rejected(f"tensor cores take 16-bit elements, not {problem.dtype}")
+        if device.sm < 80:
+            return rejected(f"{device.arch} has no tensor cores for products of 16×8×16")
+        if problem.multiplier > 1:
+            return rejected("a multiplier leaves no pairs of channels that inputs and outputs share")
+        _, out_h, out_w = problem.out_size
+        if out_h * out_w * problem.channels >= 2**31:
+            return rejected("a plane of y reaches over 2³¹ elements or more, so that its places can't be numbered")
+        steps = pair_steps(problem)
+        vector = power_of_two(min(2, vector_limit(problem)), problem.channels, problem.plane_strides[-1])
+        pairs = pairs_of(problem.channels)
+        chunk, pixel = 2 * pairs, pairs // 2 * 4 + 2
+        across = -(-out_w // 4)
+        tiles_x = -(-across // tile.columns)
+        lanes_x = -(-across // tiles_x)
+        beside = next(g for g in GROUPS if g >= lanes_x)
+        columns = (4 * beside - 4) * problem.stride[2] + 8 * steps  # that products read; bands are zero beyond windows
+        pitch = columns * pixel
+        pitch += 2 * ((4 * beside * pixel - pitch) // 2 % 32)  # rows go on in the banks where a row of groups ends
+        taps = pairs * problem.filter[0] * problem.filter[1] * 2 * (problem.filter[2] + 1)
+        most = max(1, 16 * tile.rows // lanes_x)
+        outputs = 64 * tile.rows
+        shared_limit = device.shared_bytes - 1024
+        threads = 32 * pairs
+        while True:
+            tiles_y = -(-out_h // most)
+            lanes_y = -(-out_h // tiles_y)
+            tile_rows = rows_of(problem, lanes_y)
+            vectors = tile_rows * pitch // vector
+            table = table_entries(vectors, tile, threads)
+            slots = tile.stages * ceil_div(vectors * vector, 8) * 16
+            shared = slots + 4 * (taps + table + outputs * pairs + 2 * outputs * (pairs // 2 * 2 + 1))
+            shared = ceil_div(shared, 16) * 16
+            if shared <= shared_limit or lanes_y == 1:
+                break
+            most = lanes_y - 1
+        if shared > shared_limit:
+            return rejected(f"a block would take {shared} bytes of shared memory; {shared_limit} is the most")
+        chunks = -(-problem.channels // chunk)
+        tiles = tiles_x * tiles_y * chunks * problem.batch
+        blocks, length, share, total = shares(problem, tile, device, tiles, threads, vector)
+        if reason := numbered(total + share, problem.batch * problem.out_channels):
+            return rejected(reason)
+        instructions = pair_instructions(problem, tile, vectors / threads)
+        return make_plan(
+            self.stem,
+            problem,
+            device,
+            tile,
+            {
+                "THREADS": threads,
+                "COLUMNS": 1,
+                "VECTOR": 1,
+                "STORE_VECTOR": 2 if problem.channels % 2 == 0 and problem.aligned >= 4 else 1,
+                "CHUNK": chunk,
+                "SPOTS_X": 1,
+                "PITCH": pitch,
+                "LOAD_VECTOR": vector,
+                "MATRIX": 1,
+                "LINEAR": 0,
+                "COLUMN_ALIGN": 1,
+            }
+            | copies(vectors, tile, threads),
+            blocks=blocks,
+            threads=threads,
+            shared=shared,
+            tiling=(
+                *divisors(tiles_x, tiles_y, length, chunks, lanes_x, lanes_y),
+                outputs,
+                tile_rows,
+                (lanes_x * 4 - 1) * problem.stride[2] + (problem.filter[2] - 1) * problem.dilation[2] + 1,
+                vectors,
+                1,
+                table,
+                threads,
+                share,
+                total,
+            ),
+            words=f"{tile}; {chunk} channels × {lanes_y} rows × {lanes_x} groups, {share} planes a block",
             seconds=march_seconds(problem, device, tile, blocks, threads, share, instructions),
         )

@@ -14,6 +14,9 @@ from .base import GRID_X_LIMIT
 MAX_REGISTERS = 168  # sums, taps and windows of a thread, as `March.registers` estimates them
 SMALL_BYTES = 12_000_000  # problems up to here have too few blocks to hide the latency of a march
 MANY_WARPS = 24  # that a multiprocessor shall hold then
+STEP_SECONDS = 0.45e-6  # of a march that has the multiprocessor for itself (H200, 2026-11)
+BEFORE_SUMS_SECONDS, BEFORE_MATRICES_SECONDS = 2.3e-6, 3.5e-6  # its first step (H200, 2026-11)
+SPREAD = 4  # blocks for each multiprocessor that small volumes are spread over, before several of them share a block
 HELD_TAPS = 27  # 32-bit registers of taps that a thread may hold for the whole march
 
 
@@ -57,7 +60,7 @@ class Tile:
         channels = f" × {self.vector} channels" if self.vector > 1 else ""
         outputs = f"{self.rows} rows × {self.columns} columns{channels} a lane"
         if self.matrix:
-            outputs = f"{self.rows} products of 16 × 8 outputs a warp on tensor cores"
+            outputs = f"{self.rows} products of 128 outputs a warp on tensor cores"
         filter = "filter in registers" if self.held else "filter in shared memory"
         planes = "planes read again for every output" if self.reload else "planes read once"
         return f"{outputs}, {self.threads} threads, {self.stages} planes in shared memory, {filter}, {planes}"
@@ -109,6 +112,10 @@ def registers(problem: DepthwiseProblem, tile: Tile) -> int:
     """Estimate of a thread's registers."""
     words = 2 if problem.dtype == "float64" else 1
     march = March.of(problem, tile.reload)
+    if tile.matrix and problem.layout == "channels_last":
+        steps = pair_steps(problem)
+        bands = 2 * steps * (problem.filter[0] * problem.filter[1] if tile.held else 2)
+        return tile.rows * (4 * march.ages + 8) + bands + 40
     if tile.matrix:
         bands = 2 * problem.filter[0] * problem.filter[1] if tile.held else 2
         return tile.rows * (4 * march.ages + 8) + bands + 40
@@ -171,12 +178,18 @@ def shares(
     if tile.resident:
         blocks = device.multiprocessors * tile.resident
         share = max(-(-total // blocks), min(length, max(1, 2 * (march.ages - 1))))
-    elif problem.least_bytes < SMALL_BYTES and vector * problem.element_bytes >= 8:
-        # A march's latency is the time: shorter ones, as many as there is room for. But with copies of few bytes, it
-        # is rather what comes before the march (7×7 images, float32: 0.47 with whole marches, 0.30 with short ones).
+    elif problem.least_bytes < SMALL_BYTES and vector > 1:
+        # A march's latency is the time: shorter ones, as many as there is room for. But with copies of single elements,
+        # it is rather what comes before the march (8 × 192 × (8, 7, 7), float32, H200: 0.54 with whole marches, 0.38
+        # with short ones).
         wanted = device.multiprocessors * MANY_WARPS // ceil_div(threads, 32)
         share = min(length, max(2, ceil_div(total, max(1, wanted))))
     return -(-total // share) if total else 1, length, share, total
+
+
+def most_volumes(planes: int, device: DeviceSpec) -> int:
+    """Small volumes of a block, at most: few, where there are few of them, since a block first makes its table."""
+    return max(1, planes // (SPREAD * device.multiprocessors))
 
 
 def batch_of(vectors: int, tile: Tile, threads: int) -> int:
@@ -195,6 +208,14 @@ def table_entries(vectors: int, tile: Tile, threads: int) -> int:
     """Entries of the table of vectors: whole batches of copies of all threads."""
     batch = batch_of(vectors, tile, threads) * threads
     return -(-vectors // batch) * batch
+
+
+def lane_taps(problem: DepthwiseProblem, tile: Tile) -> int:
+    """Twin of `Volume::kTapPitch`: sums' elements that the filters of a lane take in shared memory."""
+    march = March.of(problem, tile.reload)
+    row = ceil_div(problem.filter[2] * march.ages, 4) * 4
+    vector = 16 // max(4, problem.element_bytes)
+    return (march.period * problem.filter[1] * row * tile.vector // vector // 2 * 2 + 1) * vector
 
 
 def numbered(groups: int, planes: int) -> str | None:
@@ -219,11 +240,12 @@ def vector_limit(problem: DepthwiseProblem) -> int:
 def march_seconds(
     problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, blocks: int, threads: int, share: int, plane: float
 ) -> float:
-    """Predicted time: instruction issue and DRAM, as a cube norm.
+    """Predicted time: instruction issue, DRAM and the latency of a march, as a cube norm.
 
     A warp issues `plane` instructions for every plane that it takes in, at 0.7 of what a multiprocessor can issue when
-    it holds 12 warps or more, a share of it with fewer; 0.9 of a copy's rate is left of DRAM's (H200, 2026-11: within
-    15 % of the measured tiles that `tiles` prefers).
+    it holds 12 warps or more, a share of it with fewer; 0.9 of a copy's rate is left of DRAM's. A march takes a while
+    before its first step and for each of its steps, also if it is the only one (H200, 2026-11: within 20 % of the
+    measured tiles that `tiles` prefers).
 
     Args:
         blocks, threads: of the grid, of a block.
@@ -232,12 +254,16 @@ def march_seconds(
     """
     march = March.of(problem, tile.reload)
     steps = march.period * (share - 1) + problem.filter[0]
+    latency = (BEFORE_MATRICES_SECONDS if tile.matrix else BEFORE_SUMS_SECONDS) + steps * STEP_SECONDS
+    # Where taps are read as they are needed, the first and the last planes are added only to outputs that read them.
+    skips = not tile.held and not (tile.matrix and problem.layout == "channels_first")
+    added = march.period * share if skips else steps
     warps = blocks * ceil_div(threads, 32)
     held = min(12.0, warps / device.multiprocessors)  # by a multiprocessor
     rate = 4 * device.clock * device.multiprocessors * 0.7 * max(held, 4.0) / 12
-    issue = warps * steps * plane / rate
+    issue = warps * added * plane / rate
     dram = problem.least_bytes / (0.9 * device.dram_gbs * 1e9)
-    return float(LAUNCH_SECONDS + 2e-6 + (issue**3 + dram**3) ** (1 / 3))
+    return float(LAUNCH_SECONDS + (issue**3 + dram**3 + latency**3) ** (1 / 3))
 
 
 def sum_instructions(problem: DepthwiseProblem, tile: Tile, loads: int, stores: int, own_vectors: float) -> float:
@@ -263,6 +289,21 @@ def matrix_instructions(problem: DepthwiseProblem, tile: Tile, own_vectors: floa
     product = problem.filter[1] * (4 + march.ages)  # four loads of x, a product for every age
     # 1.6: what is issued waits for what it needs more often than multiply-adds do
     return 1.6 * (tile.rows * (product + 14 / march.period) + 5 * own_vectors + 90)
+
+
+def pair_steps(problem: DepthwiseProblem) -> int:
+    """Twin of `Volume::kSteps`: products of a filter row for four neighbouring outputs, channels last."""
+    return ceil_div(span(problem, 4), 8)
+
+
+def pair_instructions(problem: DepthwiseProblem, tile: Tile, own_vectors: float) -> float:
+    """As matrix_instructions, channels last."""
+    march = March.of(problem, tile.reload)
+    bands = 0 if tile.held else 2 * march.ages
+    product = tile.rows * (4 + march.ages) + bands
+    return 1.6 * (
+        problem.filter[1] * pair_steps(problem) * product + 28 * tile.rows / march.period + 5 * own_vectors + 90
+    )
 
 
 def first_legal(stem: str, plans: list[tuple[Tile, Plan | Rejection]]) -> Iterator[Plan | Rejection]:

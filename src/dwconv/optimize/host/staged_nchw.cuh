@@ -119,12 +119,13 @@ struct StagedLaunch {
                 static_cast<unsigned>(plane_pitch),
                 static_cast<unsigned>(gap > 0 ? gap : 0),
                 static_cast<unsigned>(filter_elements),
-                static_cast<unsigned>(image_vectors)};
+                static_cast<unsigned>(image_vectors),
+                fast_divisor(1)};
     }
 };
 
 template <class C>
-Launch<StagedNchwTiling> staged_nchw_launch(const Sizes& sizes, const void* x) {
+Launch<StagedNchwTiling> staged_items_launch(const Sizes& sizes, const void* x) {
     using T = typename C::Element;
     const long long most = 1ll << 31;
     Launch<StagedNchwTiling> launch;
@@ -143,6 +144,152 @@ Launch<StagedNchwTiling> staged_nchw_launch(const Sizes& sizes, const void* x) {
                       sizes.in_w % C::kGranule == 0 && sizes.out_w % C::kStoreVector == 0 &&
                       is_aligned(x, sizeof(T) * C::kGranule);
     return launch;
+}
+
+// The marches: what variants/staged_march.py computes.
+template <class C>
+struct MarchLaunch {
+    static constexpr long long kTaps = C::kFilterH * C::kFilterW, kBytes = sizeof(typename C::Element);
+    Sizes sizes;
+    long long in_plane, out_plane, planes, lanes, ring, buffer;
+    long long column_items = 1, item_rows = 0, item_columns = 0, plane_pitch = 0, out_pitch = 0;
+    long long copy_lanes = 1, store_lanes = 1;
+    bool fits;
+
+    MarchLaunch(const Sizes& sizes, const void* x)
+        : sizes(sizes), in_plane(sizes.in_h * sizes.in_w), out_plane(sizes.out_h * sizes.out_w) {
+        const bool dense = sizes.x_row == sizes.in_w && sizes.x_channel == in_plane &&
+                           sizes.x_image == sizes.x_channel * sizes.out_channels;
+        const bool seen = sizes.out_h - 1 - C::kPadTop < sizes.in_h && sizes.out_w - 1 - C::kPadLeft < sizes.in_w;
+        fits = dense && seen && in_plane < 1 << 26 && out_plane < 1 << 26;
+        if (C::kWhole > 0)
+            whole();
+        else
+            rows(is_aligned(x, 16));
+    }
+
+    void whole() {
+        lanes = C::kWholeLanes;
+        planes = 32 / lanes;
+        const bool as_many = sizes.in_h == sizes.out_h && sizes.in_w == sizes.out_w;
+        ring = raised(planes * in_plane, 16 / kBytes);
+        buffer = raised(planes * (!as_many && out_plane > kTaps ? out_plane : kTaps), 16 / kBytes);
+        fits = fits && sizes.in_w == C::kWhole && sizes.out_w == lanes * C::kColumns && as_many == C::kInPlace;
+    }
+
+    void rows(bool aligned) {
+        const long long granule = aligned && sizes.in_w % 4 == 0 && sizes.out_w % 4 == 0 ? 4 : 1;
+        const long long width = sizes.in_w, lead = raised(C::kPadLeft, granule);
+        const long long column_tiles = strips(sizes.out_w, C::kColumns);
+        column_items = strips(column_tiles, 32);
+        item_columns = column_items == 1 ? sizes.out_w : raised(strips(column_tiles, column_items) * C::kColumns, 4);
+        if (strips(item_columns, C::kColumns) > 32) item_columns -= 4;
+        column_items = strips(sizes.out_w, item_columns);
+        lanes = strips(item_columns, C::kColumns);
+        planes = 32 / lanes;
+        item_rows = sizes.out_h;
+        long long staged = item_columns + C::kFilterW - 1 + granule;
+        if (staged > width) staged = width;
+        const bool even = granule == 4 && lanes * planes == 32 && lanes * C::kColumns == sizes.out_w &&
+                          sizes.out_channels % planes == 0 && 2 * width <= 4 * 32 && planes == 4 * (32 / (width / 2)) &&
+                          planes == 4 * (32 / (sizes.out_w / 2));
+        copy_lanes = even ? width / 2 : pieces(staged, granule);
+        store_lanes = even ? sizes.out_w / 2 : pieces(item_columns, granule);
+        long long right = sizes.out_w - 1 - C::kPadLeft + C::kFilterW - width;
+        if (right < lead) right = lead;
+        const long long least = raised(staged + right, granule);
+        plane_pitch = least;
+        for (long long pitch = least; pitch < least + 32; pitch += granule)
+            if (conflicts(pitch) < conflicts(plane_pitch)) plane_pitch = pitch;
+        const long long reach = lead - C::kPadLeft + lanes * C::kColumns + C::kFilterW - 1;
+        out_pitch = raised(item_columns, 4) * (even ? 2 : 1);
+        ring = raised(2 * C::kStages * planes * plane_pitch + (reach > plane_pitch ? reach - plane_pitch : 0), 4);
+        buffer = raised(planes * (out_pitch > kTaps ? out_pitch : kTaps), 4);
+        fits = fits && granule == C::kGranule && even == C::kEven;
+    }
+
+    static long long pieces(long long elements, long long granule) {
+        const long long count = strips(elements, granule);
+        return count < 32 ? count : 32;
+    }
+
+    // The most lanes of a warp that read the same bank.
+    int conflicts(long long pitch) const {
+        int met[32] = {}, most = 0;
+        for (long long p = 0; p < planes; ++p)
+            for (long long c = 0; c < lanes; ++c) {
+                const int now = ++met[(p * pitch + c * C::kColumns) % 32];
+                if (now > most) most = now;
+            }
+        return most;
+    }
+
+    long long items() const {
+        return sizes.planes / sizes.out_channels * strips(sizes.out_channels, planes) * column_items;
+    }
+    long long blocks() const {
+        const long long made = strips(items(), C::kThreads / 32);
+        return C::kAhead > 0 && made > C::kAhead ? C::kAhead : made;
+    }
+    long long warp_elements() const { return (C::kAhead > 0 ? 2 : 1) * ring + buffer; }
+    long long shared_bytes() const { return kBytes * (C::kThreads / 32) * warp_elements(); }
+
+    StagedNchwTiling tiling() const {
+        const auto narrow = [](long long value) { return static_cast<unsigned>(value); };
+        const long long copied = 32 / copy_lanes, stored = 32 / store_lanes;
+        return {fast_divisor(1),
+                fast_divisor(column_items),
+                fast_divisor(sizes.out_channels),
+                short_divisor(lanes),
+                short_divisor(1),
+                short_divisor(sizes.in_w),
+                short_divisor(1),
+                narrow(planes),
+                narrow(item_rows),
+                narrow(item_columns),
+                narrow(in_plane),
+                narrow(out_plane),
+                narrow(planes * plane_pitch),
+                narrow(plane_pitch),
+                0,
+                0,
+                0,
+                fast_divisor(strips(sizes.out_channels, planes)),
+                narrow(warp_elements()),
+                narrow(ring),
+                narrow(out_pitch),
+                narrow(copy_lanes),
+                narrow(copied),
+                narrow(copied * in_plane),
+                narrow(copied * plane_pitch),
+                narrow(store_lanes),
+                narrow(stored),
+                narrow(stored * out_plane),
+                narrow(stored * out_pitch)};
+    }
+};
+
+template <class C>
+Launch<StagedNchwTiling> staged_march_launch(const Sizes& sizes, const void* x) {
+    const long long most = 1ll << 31;
+    Launch<StagedNchwTiling> launch;
+    launch.possible = false;
+    if (sizes.in_h >= most || sizes.in_w >= most || sizes.planes >= most) return launch;
+    const MarchLaunch<C> made(sizes, x);
+    launch.tiling = made.tiling();
+    launch.grid = dim3(folded(made.blocks(), 0x7fffffff));
+    launch.block = dim3(C::kThreads);
+    launch.shared_bytes = static_cast<unsigned>(made.shared_bytes());
+    launch.possible = made.fits && made.items() < 0x7fffffff && made.shared_bytes() <= C::kSharedLimit;
+    return launch;
+}
+
+template <class C>
+Launch<StagedNchwTiling> staged_nchw_launch(const Sizes& sizes, const void* x) {
+    if constexpr (C::kMarch || C::kWhole > 0)
+        return staged_march_launch<C>(sizes, x);
+    else
+        return staged_items_launch<C>(sizes, x);
 }
 
 }  // namespace dwconv

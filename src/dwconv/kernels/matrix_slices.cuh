@@ -1,0 +1,451 @@
+// matrix_slices.cuh: small planes as products of matrices, without placing rows: 16-bit elements, channels first
+//   A slice is 392 neighbouring outputs of an image, whole planes of some channels: 8 of 7x7, 2 of 14x14. Its inputs
+//   are neighbours, too. For 16 images at a time
+//     Y[image, o] = sum_k X[image, k] * M[k, o],   M[k, o] = the tap between input k and output o, zero if there is
+//     none
+//   Each of seven warps makes 56 neighbouring outputs, seven products wide. As 56 outputs are whole rows, the inputs
+//   that eight of them need lie equally far from the warp's first output in every warp, and only these are multiplied.
+//   What differs is M: padding is a matter of its zeros. So slices pass through shared memory as they lie, in vectors
+//   of 16 bytes, and a warp's part of M stays in registers for all images. Zeros of M times an Inf or NaN of other
+//   rows, channels or images are NaN: such sums are computed again (exact_sum).
+#pragma once
+#include "matrix_items.cuh"
+
+namespace dwconv {
+
+#ifndef DWCONV_EMULATOR
+__device__ __forceinline__ void fetch_slice_vector(void* to, const void* from) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+// Brings a line that will be read later closer.
+__device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+__device__ __forceinline__ void end_of_slice() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but the thread's last Open slices have arrived.
+template <int Open>
+__device__ __forceinline__ void wait_for_slice() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
+}
+#else
+__device__ __forceinline__ void fetch_slice_vector(void* to, const void* from) {
+    *static_cast<uint4*>(to) = __ldg(static_cast<const uint4*>(from));
+}
+__device__ __forceinline__ void prefetch_line(const void*) {}
+__device__ __forceinline__ void end_of_slice() {}
+template <int Open>
+__device__ __forceinline__ void wait_for_slice() {}
+#endif
+
+// `check` turns from zeros into a NaN when one of two neighbouring elements is an Inf or a NaN.
+#ifdef DWCONV_EMULATOR
+template <class T>
+__device__ __forceinline__ unsigned watched(unsigned check, unsigned pair) {
+    T first, second;
+    first.bits = static_cast<unsigned short>(pair), second.bits = static_cast<unsigned short>(pair >> 16);
+    const float sum = static_cast<float>(first) * 0.0f + static_cast<float>(second) * 0.0f;
+    return sum == 0.0f ? check : 0x7fffu;
+}
+#else
+template <class T>
+__device__ __forceinline__ unsigned watched(unsigned check, unsigned pair);
+template <>
+__device__ __forceinline__ unsigned watched<Half>(unsigned check, unsigned pair) {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(check) : "r"(pair), "r"(0));
+    return check;
+}
+template <>
+__device__ __forceinline__ unsigned watched<BFloat16>(unsigned check, unsigned pair) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(check) : "r"(pair), "r"(0));
+    return check;
+}
+#endif
+
+// The thread's number, found again in each iteration: what follows from it would take more registers than clocks.
+__device__ __forceinline__ int thread_now() {
+    int thread = static_cast<int>(threadIdx.x);
+    keep(thread);
+    return thread;
+}
+
+// Keeps the compiler from moving all loads to the front, where they take registers.
+__device__ __forceinline__ void in_order() {
+#ifndef DWCONV_EMULATOR
+    asm volatile("" ::: "memory");
+#endif
+}
+
+// Which inputs the eight outputs of a product need, counted from the input at the warp's first output.
+template <class C>
+struct SliceReach {
+    static constexpr int kWidth = C::kSlice;  // columns of x and y
+    static constexpr int kImages = 16, kProducts = 7, kOutputs = 8 * kProducts, kWarps = 7;
+    static constexpr int kWindowH = (C::kFilterH - 1) * C::kDilationH + 1;
+    static_assert(kOutputs % kWidth == 0,
+                  "a warp must make whole rows: the inputs of its products are those of any warp");
+    static_assert(C::kStrideH == 1 && C::kStrideW == 1 && C::kMultiplier == 1,
+                  "planes of y must be as large as those of x");
+
+    __host__ __device__ static constexpr int first(int product) {
+        const int row = 8 * product / kWidth, column = 8 * product % kWidth;
+        return (row - C::kPadTop) * kWidth + larger(column - C::kPadLeft, 0);
+    }
+    __host__ __device__ static constexpr int last(int product) {
+        const int row = (8 * product + 7) / kWidth, column = (8 * product + 7) % kWidth;
+        const int reach = column - C::kPadLeft + (C::kFilterW - 1) * C::kDilationW;
+        return (row - C::kPadTop + kWindowH - 1) * kWidth + smaller(reach, kWidth - 1);
+    }
+    // Steps of 16 inputs, from `begin` on: of all products; of one, at most.
+    __host__ __device__ static constexpr int steps(int begin) {
+        int count = 0;
+        for (int p = 0; p < kProducts; ++p) count += (last(p) - begin) / 16 - (first(p) - begin) / 16 + 1;
+        return count;
+    }
+    __host__ __device__ static constexpr int most_steps(int begin) {
+        int most = 0;
+        for (int p = 0; p < kProducts; ++p) most = larger(most, (last(p) - begin) / 16 - (first(p) - begin) / 16 + 1);
+        return most;
+    }
+};
+
+template <class C>
+struct Slice : SliceReach<C> {
+    using R = SliceReach<C>;
+    static constexpr int kAligned = floor_div(R::first(0), 8) * 8;
+    static constexpr int kBegin = R::steps(kAligned - 8) < R::steps(kAligned) ? kAligned - 8 : kAligned;
+    static constexpr int kSteps = (R::last(R::kProducts - 1) - kBegin) / 16 + 1;
+    static constexpr int kBands = R::most_steps(kBegin);  // pieces of M, 16 inputs x 8 outputs, for a product
+    // 784 bytes from image to image are an odd number of 16 bytes: eight rows of A lie in different banks.
+    static constexpr int kElements = R::kOutputs * R::kWarps, kStage = R::kImages * kElements;
+    static constexpr int kStages = C::kStages, kThreads = 32 * R::kWarps;
+    // Zeros in front of each stage and behind the last one: what the first and last warp's steps reach beyond it.
+    static constexpr int kOver = kBegin + 16 * kSteps - R::kOutputs;
+    static constexpr int kGap = larger(larger(-kBegin, kOver), 8);
+    // A channel's taps stand by rows and columns from an output to an input, with rows of zeros around, and so many
+    // between planes that no tap reaches across. Where neighbouring inputs are always of one row, both are read at a
+    // time, from a copy of the tables that begins one element later for outputs whose taps stand at odd places.
+    static constexpr bool kPairs = R::kWidth % 2 == 0;
+    static constexpr int kCopies = kPairs ? 2 : 1;
+    static constexpr int kTablePitch = 2 * R::kWidth - (kPairs ? 0 : 1);
+    static constexpr int kApart = larger(R::kWindowH, C::kPadTop);
+    static constexpr int kInputs = ceil_div((R::kWarps - 1) * R::kOutputs + 16 * kSteps, 8) * 8;
+    static constexpr int kValues = (C::kHasBias ? 1 : 0) + (C::kHasScale ? 1 : 0) + (C::kHasShift ? 1 : 0);
+    static_assert(kGap % 8 == 0, "rows of A start at 16 bytes");
+    static_assert(C::kThreads == kThreads, "a slice has seven warps");
+
+    __host__ __device__ static constexpr int first_step(int p) { return (R::first(p) - kBegin) / 16; }
+    __host__ __device__ static constexpr int last_step(int p) { return (R::last(p) - kBegin) / 16; }
+    __host__ __device__ static constexpr bool takes(int p, int step) {
+        return step >= first_step(p) && step <= last_step(p);
+    }
+};
+
+// A slice of 16 images: where it is in memory.
+struct SlicePlace {
+    int slice;  // of an image
+    int image;  // the first one
+};
+
+// Which vectors of 8 elements a thread moves of a slice: the same one of every fourth image.
+struct SlicePart {
+    static constexpr int kVectors = 49, kBeside = 4;
+    int image, vector;  // a thread without any has an image from kBeside on
+
+    __device__ __forceinline__ SlicePart() {
+        const int thread = thread_now();
+        image = thread / kVectors;
+        vector = thread - image * kVectors;
+    }
+};
+
+template <class C>
+struct Slices {
+    using S = Slice<C>;
+    using T = typename C::Element;
+    static constexpr int kVector = 8;
+    const Tensors<T>& tensors;
+    const Sizes& sizes;
+    // Of it: channels, lines (rows) and out_plane of a slice's planes; row_items: slices of an image; plane_pitch,
+    // plane_gap: elements of a channel's table, its rows in front of the taps.
+    const MatrixTiling& tiling;
+    // In shared memory: tables of taps; where in them a tap is found in bytes, by output plus by input; values of the
+    // epilogue by output, a bias first; stages, results.
+    T* const tables;
+    int* const outputs;
+    unsigned short* const inputs;
+    float* const values;
+    T* const stages;
+    T* const results;
+    uint2 bands[S::kProducts][S::kBands];
+
+    __device__ __forceinline__ Slices(const Tensors<T>& tensors, const Sizes& sizes, const MatrixTiling& tiling)
+        : tensors(tensors),
+          sizes(sizes),
+          tiling(tiling),
+          tables(shared_memory<T>()),
+          outputs(reinterpret_cast<int*>(tables + S::kCopies * tiling.channels * tiling.plane_pitch)),
+          inputs(reinterpret_cast<unsigned short*>(outputs + S::kElements)),
+          values(reinterpret_cast<float*>(inputs + S::kInputs)),
+          stages(reinterpret_cast<T*>(values + S::kValues * S::kElements) + S::kGap),
+          results(stages + S::kStages * (S::kStage + S::kGap)) {}
+
+    __device__ __forceinline__ SlicePlace place(unsigned number) const {
+        const unsigned slice = tiling.image_groups.quotient(number);
+        return {static_cast<int>(slice), first_image(number - slice * tiling.image_groups.divisor, tiling)};
+    }
+    __device__ __forceinline__ T* stage(int number) const { return stages + number * (S::kStage + S::kGap); }
+
+    __device__ __forceinline__ void fetch(const SlicePlace& place, T* to) const {
+        using P = SlicePart;
+        const P part;
+        const int image_elements = static_cast<int>(sizes.x_image);
+        const T* from = tensors.x + static_cast<long long>(place.image + part.image) * image_elements +
+                        (place.slice * S::kElements + part.vector * kVector);
+        to += part.image * S::kElements + part.vector * kVector;
+        if (part.image >= P::kBeside) return;
+#pragma unroll
+        for (int image = 0; image < S::kImages; image += P::kBeside)
+            fetch_slice_vector(to + image * S::kElements, from + image * image_elements);
+    }
+
+    __device__ __forceinline__ void store(const SlicePlace& place) const {
+        using P = SlicePart;
+        const P part;
+        const int image_elements = static_cast<int>(sizes.out_channels * tiling.out_plane);
+        T* to = tensors.y + static_cast<long long>(place.image + part.image) * image_elements +
+                (place.slice * S::kElements + part.vector * kVector);
+        const T* from = results + (part.image * S::kElements + part.vector * kVector);
+        if (part.image >= P::kBeside) return;
+#pragma unroll
+        for (int image = 0; image < S::kImages; image += P::kBeside)
+            store_vector(to + image * image_elements,
+                         *reinterpret_cast<const Vector<T, kVector>*>(from + image * S::kElements));
+    }
+
+    // (Code that runs once is not unrolled: its instructions come from L2, later than they would be executed.)
+    // What all slices of the block share: zeros between stages, which are multiplied by zeros of M; zeros around taps;
+    // places in their tables.
+    __device__ __forceinline__ void prepare() const {
+#pragma unroll 1
+        for (int at = threadIdx.x; at < (S::kStages + 1) * S::kGap; at += S::kThreads) {
+            const int gap = at / S::kGap;
+            stages[gap * (S::kStage + S::kGap) - S::kGap + at % S::kGap].bits = 0;
+        }
+        const int planes = static_cast<int>(tiling.channels), table = static_cast<int>(tiling.plane_pitch);
+#pragma unroll 1
+        for (int at = threadIdx.x; at < S::kCopies * planes * table / 8; at += S::kThreads)
+            reinterpret_cast<uint4*>(tables)[at] = uint4{0, 0, 0, 0};
+        // Rows are numbered from one slice further up, where nothing is negative.
+        const int zero =
+            S::kElements / S::kWidth + planes * S::kApart - C::kPadTop - static_cast<int>(tiling.plane_gap);
+#pragma unroll 1
+        for (int at = threadIdx.x; at < S::kElements; at += S::kThreads) {
+            const int row = at / S::kWidth, plane = tiling.lines.quotient(row);
+            int place =
+                plane * table - (zero + row + plane * S::kApart) * S::kTablePitch + S::kWidth - 1 - at % S::kWidth;
+            if (S::kPairs && place % 2 != 0) place += planes * table - 1;
+            outputs[at] = 2 * place;
+        }
+#pragma unroll 1
+        for (int at = threadIdx.x; at < S::kInputs; at += S::kThreads) {
+            const int input = at + S::kBegin + S::kElements, row = input / S::kWidth;
+            const int place = (row + tiling.lines.quotient(row) * S::kApart) * S::kTablePitch + input % S::kWidth;
+            inputs[at] = static_cast<unsigned short>(2 * place);
+        }
+    }
+
+    // Taps of a slice's channels: the first ones, on their way.
+    static constexpr int kTaps = C::kFilterH * C::kFilterW, kHeld = 2;
+    __device__ __forceinline__ void load_taps(T (&held)[kHeld], int slice) const {
+        const int all = static_cast<int>(tiling.channels) * kTaps;
+        const T* of = tensors.w + static_cast<long long>(slice) * all;
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k) {
+            const int tap = threadIdx.x + k * S::kThreads;
+            if (tap < all) held[k] = load_one(of + tap);
+        }
+        const int after = all + static_cast<int>(threadIdx.x) * 16;  // the next slice's
+        if (after < 2 * all && slice + 1 < static_cast<int>(tiling.row_items.divisor)) prefetch_line(of + after);
+    }
+    __device__ __forceinline__ void store_taps(const T (&held)[kHeld], int slice) const {
+        const int all = static_cast<int>(tiling.channels) * kTaps;
+        const auto put = [this](int tap, T value) {
+            const int channel = tap / kTaps, u = tap % kTaps / C::kFilterW;
+            const int away = tap % C::kFilterW * C::kDilationW - C::kPadLeft + S::kWidth - 1;
+            const int row = static_cast<int>(tiling.plane_gap) + u * C::kDilationH;
+            const int planes = static_cast<int>(tiling.channels), table = static_cast<int>(tiling.plane_pitch);
+            if (away < 0 || away >= S::kTablePitch) return;
+#pragma unroll
+            for (int copy = 0; copy < S::kCopies; ++copy)
+                tables[(copy * planes + channel) * table + row * S::kTablePitch + away - copy] = value;
+        };
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k)
+            if (static_cast<int>(threadIdx.x) + k * S::kThreads < all) put(threadIdx.x + k * S::kThreads, held[k]);
+#pragma unroll 1
+        for (int tap = threadIdx.x + kHeld * S::kThreads; tap < all; tap += S::kThreads)
+            put(tap, load_one(tensors.w + static_cast<long long>(slice) * all + tap));
+        if constexpr (S::kValues > 0) {
+#pragma unroll 1
+            for (int at = threadIdx.x; at < S::kElements; at += S::kThreads) {
+                const int channel = slice * static_cast<int>(tiling.channels) + tiling.lines.quotient(at / S::kWidth);
+                float* to = values + at;
+                const auto next = [&to](const T* of) {
+                    *to = static_cast<float>(load_one(of));
+                    to += S::kElements;
+                };
+                if constexpr (C::kHasBias) next(tensors.b + channel);
+                if constexpr (C::kHasScale) next(tensors.scale + channel);
+                if constexpr (C::kHasShift) next(tensors.shift + channel);
+            }
+        }
+    }
+
+    // This lane's part of M.
+    __device__ __forceinline__ void load_bands() {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const unsigned char* from[S::kProducts];
+#pragma unroll
+        for (int p = 0; p < S::kProducts; ++p)
+            from[p] = reinterpret_cast<const unsigned char*>(tables) + outputs[warp * S::kOutputs + lane / 4 + 8 * p];
+        const unsigned* const pairs = reinterpret_cast<const unsigned*>(inputs + warp * S::kOutputs) + lane % 4;
+#pragma unroll
+        for (int step = 0; step < S::kSteps; ++step) {
+            in_order();
+            const unsigned first = pairs[8 * step], second = pairs[8 * step + 4];
+            const unsigned at[4] = {first & 0xffffu, first >> 16, second & 0xffffu, second >> 16};
+#pragma unroll
+            for (int p = 0; p < S::kProducts; ++p) {
+                if (!S::takes(p, step)) continue;
+                unsigned taps[4];
+#pragma unroll
+                for (int e = 0; e < 4; e += S::kPairs ? 2 : 1) {
+                    if constexpr (S::kPairs)
+                        taps[e] = *reinterpret_cast<const unsigned*>(from[p] + at[e]);
+                    else
+                        taps[e] = *reinterpret_cast<const unsigned short*>(from[p] + at[e]);
+                }
+                bands[p][step - S::first_step(p)] = S::kPairs
+                                                        ? make_uint2(taps[0], taps[2])
+                                                        : make_uint2(taps[0] | taps[1] << 16, taps[2] | taps[3] << 16);
+            }
+        }
+    }
+
+    // Puts two neighbouring outputs into the results. `output`: of the slice; `image`: of the 16.
+    __device__ __forceinline__ unsigned put(const SlicePlace& place, int image, int output, float first,
+                                            float second) const {
+        T residual[2] = {};
+        if constexpr (C::kHasResidual) {
+            const T* of = tensors.residual + (place.image + image) * (sizes.out_channels * tiling.out_plane) +
+                          place.slice * S::kElements + output;
+            for (int k = 0; k < 2; ++k) residual[k] = load_one(of + k);
+        }
+        ChannelValues<float> of[2] = {{1.0f, 0.0f}, {1.0f, 0.0f}};
+        const float* from = values + (C::kHasBias ? S::kElements : 0) + output;
+        if constexpr (C::kHasScale) of[0].scale = from[0], of[1].scale = from[1], from += S::kElements;
+        if constexpr (C::kHasShift) of[0].shift = from[0], of[1].shift = from[1];
+        const float out[2] = {finished<C>(first, of[0], residual[0]), finished<C>(second, of[1], residual[1])};
+        const unsigned pair = rounded_pair<T>(out[0], out[1]);
+        *reinterpret_cast<unsigned*>(results + image * S::kElements + output) = pair;
+        return pair;
+    }
+
+    // The sums of a slice of 16 images, and their way into the results.
+    __device__ __forceinline__ void multiply(const SlicePlace& place, const T* input) const {
+        const int thread = thread_now(), warp = thread / 32, lane = thread % 32;
+        const int column = warp * S::kOutputs + lane % 4 * 2;
+        float sums[S::kProducts][4];
+#pragma unroll
+        for (int p = 0; p < S::kProducts; ++p)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[p][e] = C::kHasBias ? values[column + 8 * p + e % 2] : 0.0f;
+        const int row = 2 * (lane % 16 * S::kElements + warp * S::kOutputs + S::kBegin + lane / 16 * 8);
+#pragma unroll
+        for (int step = 0; step < S::kSteps; ++step) {
+            unsigned a[4];
+            load_matrices(a, input, row + 32 * step);
+#pragma unroll
+            for (int p = 0; p < S::kProducts; ++p)
+                if (S::takes(p, step)) multiply_matrices<T>(sums[p], a, bands[p][step - S::first_step(p)]);
+        }
+        unsigned check = 0;  // a NaN as soon as an output is not finite
+#pragma unroll
+        for (int p = 0; p < S::kProducts; ++p)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                check = watched<T>(
+                    check, put(place, lane / 4 + 8 * half, column + 8 * p, sums[p][2 * half], sums[p][2 * half + 1]));
+        if (__any_sync(0xffffffffu, check != 0)) put_exact(place, column, sums);
+    }
+
+    __device__ __forceinline__ float sum_again(const SlicePlace& place, int image, int output) const {
+        const int line = output / S::kWidth, plane = tiling.lines.quotient(line);
+        const int channel = place.slice * static_cast<int>(tiling.channels) + plane;
+        return exact_sum<C>(tensors.x + (place.image + image) * sizes.x_image + channel * sizes.x_channel,
+                            tensors.w + static_cast<long long>(channel) * (C::kFilterH * C::kFilterW),
+                            C::kHasBias ? values[output] : 0.0f, sizes, 0,
+                            line - plane * static_cast<int>(tiling.lines.divisor), output % S::kWidth);
+    }
+
+    // Computes those sums again that are not finite.
+    __device__ __forceinline__ void put_exact(const SlicePlace& place, int column,
+                                              const float (&sums)[S::kProducts][4]) const {
+        unsigned wrong = 0;
+#pragma unroll
+        for (int p = 0; p < S::kProducts; ++p)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (!(sums[p][e] * 0.0f == 0.0f)) wrong |= 3u << (4 * p + e / 2 * 2);  // a pair is put together
+#pragma unroll 1
+        while (wrong != 0) {
+            const int bit = __ffs(static_cast<int>(wrong)) - 1, image = threadIdx.x % 32 / 4 + bit / 2 % 2 * 8;
+            wrong &= wrong - 1;
+            wrong &= wrong - 1;
+            const int output = column + bit / 4 * 8;
+            const float first = sum_again(place, image, output);
+            put(place, image, output, first, sum_again(place, image, output + 1));
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        unsigned number = blockIdx.x * tiling.share + (blockIdx.x < tiling.longer ? blockIdx.x : tiling.longer);
+        const unsigned end = number + tiling.share + (blockIdx.x < tiling.longer ? 1 : 0);
+        int at = 0, loaded = -1;
+        T held[kHeld];
+        load_taps(held, place(number).slice);
+#pragma unroll 1
+        for (unsigned ahead = 0; ahead + 1 < S::kStages; ++ahead) {
+            if (number + ahead < end) fetch(place(number + ahead), stage(ahead));
+            end_of_slice();
+        }
+        prepare();
+        __syncthreads();
+        for (; number < end; ++number) {
+            const SlicePlace now = place(number);
+            if (now.slice != loaded) {
+                if (loaded >= 0) load_taps(held, now.slice);
+                store_taps(held, now.slice);
+                loaded = now.slice;
+                __syncthreads();
+                load_bands();
+            }
+            wait_for_slice<S::kStages - 2>();
+            __syncthreads();  // the slice is there; the results of the one before have left, and its stage is free
+            const int before = at == 0 ? S::kStages - 1 : at - 1;
+            if (number + (S::kStages - 1) < end) fetch(place(number + (S::kStages - 1)), stage(before));
+            end_of_slice();
+            multiply(now, stage(at));
+            __syncthreads();
+            store(now);
+            at = at + 1 == S::kStages ? 0 : at + 1;
+        }
+    }
+};
+
+template <class C>
+__device__ __forceinline__ void matrix_slices(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
+                                              const MatrixTiling& tiling) {
+    Slices<C>(tensors, sizes, tiling).run();
+}
+
+}  // namespace dwconv

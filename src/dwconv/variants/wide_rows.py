@@ -1,0 +1,282 @@
+"""Rows of pixels: how wide_nhwc cuts a problem into blocks; the geometry of kernels/wide_nhwc_rows.cuh on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..device import DeviceSpec
+from ..problem import DepthwiseProblem
+
+NARROW = 8  # images of so few columns are compiled for: at 7x7 on 7x7, 12 of 49 products are with padding
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The free choices. A thread makes `columns` neighbouring outputs of its channels in each of its rows.
+
+    Attributes:
+        march: the filter is in registers, and the sums move on row by row; else it is read from shared memory.
+        channels: output channels of a block.
+        vector: neighbouring channels of a thread; more than one is the march's.
+        bulk: a block takes whole pixels, and one thread has their rows copied (sm_90 and newer).
+        rows: output rows of a thread, all at once; of no meaning to the march.
+        taps: of a filter row that are in registers at a time; of no meaning to the march.
+        threads: of a block, at most.
+        stages: of rows of x in shared memory; all but one are being filled.
+        stage_rows: of x, in a stage.
+        part_rows: output rows that a block makes one after the other, of as many images as that takes; 0: the march's
+            are shared out among all blocks that the device holds at a time, others' are about a quarter of that.
+        min_blocks: blocks that a multiprocessor must hold, which limits a thread's registers; 1 leaves that to ptxas.
+        cached: copies go through L1. Past it, they fetch twice the sectors; but blocks whose shared memory leaves it
+            little fetch them again. Bulk copies do neither.
+        slower: measured time over that of a copy, where memory is the limit; 0: unknown.
+        share_out: outputs are gathered in shared memory, to leave as vectors of 16 bytes.
+    """
+
+    march: bool
+    channels: int
+    columns: int
+    rows: int = 1
+    taps: int = 8
+    threads: int = 256
+    stages: int = 3
+    stage_rows: int = 2
+    part_rows: int = 0
+    min_blocks: int = 2
+    share_out: bool = True
+    vector: int = 1
+    bulk: bool = False
+    cached: bool = False
+    slower: float = 0.0
+
+    def __str__(self) -> str:
+        how = "filter in registers" if self.march else f"{self.rows} rows, {self.taps} taps at a time"
+        if self.bulk:
+            how += ", bulk copies"
+        least = f", {self.min_blocks} blocks or more" if self.min_blocks > 1 else ""
+        return (
+            f"{self.columns} columns × {self.vector} channels a lane, {self.channels} channels, {how}, "
+            f"{self.stages} stages of {self.stage_rows} rows{least}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a block and the grid divide the problem.
+
+    Attributes:
+        groups: groups of columns of an image that a block works on.
+        slots: images that it works on.
+        columns, skipped: of x that are kept in shared memory, and those left of them that nothing reads.
+        chunks: of channels.
+        column_strips: of an image.
+        unit_rows: output rows of an image that a block makes in one go, at most.
+        rows: output rows of all images of a slot.
+        part_rows, parts: output rows of a block; blocks of a chunk and strip.
+        shared_bytes: of a block.
+        resident: blocks that a multiprocessor holds, as far as shared memory and threads go.
+        copies: of a thread and row.
+    """
+
+    groups: int
+    slots: int
+    columns: int
+    skipped: int
+    chunks: int
+    column_strips: int
+    unit_rows: int
+    rows: int
+    part_rows: int
+    parts: int
+    shared_bytes: int
+    resident: int
+    copies: int
+
+
+def narrow(problem: DepthwiseProblem, tile: Tile, groups: int) -> bool:
+    """Whether the kernel is compiled for this width, so that it leaves out products with padding."""
+    return (tile.march or tile.taps >= problem.filter[1]) and problem.size[1] <= NARROW and groups == 1
+
+
+def vector_of(problem: DepthwiseProblem, most: int) -> int:
+    """Neighbouring channels that a thread may own: `most`, or fewer as addresses and the multiplier ask for it."""
+    image, _, row, column = problem.plane_strides
+    size = problem.element_bytes
+    numbers = (problem.channels, row, column, *((image,) if problem.batch > 1 else ()))
+    while most > 1 and (problem.multiplier > 1 or problem.aligned % (most * size) or any(n % most for n in numbers)):
+        most //= 2
+    return most
+
+
+def load_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
+    """Bytes that one copy moves: 16, or fewer where addresses or the multiplier ask for it."""
+    image, _, row, column = problem.plane_strides
+    size = problem.element_bytes
+    staged, rest = divmod(tile.channels, problem.multiplier)
+    numbers = (problem.channels, staged, row, column, *((image,) if problem.batch > 1 else ()))
+    most = 16
+    while most > size and (rest or problem.aligned % most or any(n * size % most for n in numbers)):
+        most //= 2
+    return most
+
+
+def store_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
+    """16 where whole vectors of 32 neighbouring channels can be stored, else what an element takes."""
+    size = problem.element_bytes
+    whole = (
+        tile.vector == 1
+        and tile.channels % 32 == 0
+        and problem.out_channels * size % 16 == 0
+        and problem.aligned % 16 == 0
+    )
+    return 16 if whole and size < 8 and tile.share_out and not problem.epilogue.residual else size
+
+
+def span(problem: DepthwiseProblem, tile: Tile, taps: int) -> int:
+    """Columns from the first to the last that a lane reads for so many taps of a row."""
+    return (tile.columns - 1) * problem.stride[1] + (taps - 1) * problem.dilation[1] + 1
+
+
+def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None:
+    """How a tile divides the problem; None where it doesn't fit in shared memory."""
+    height, width = problem.out_size
+    size, sum_bytes = problem.element_bytes, 8 if problem.dtype == "float64" else 4
+    lanes = tile.channels // tile.vector
+    most = tile.threads // lanes
+    needed = -(-width // tile.columns)
+    column_strips = -(-needed // most)
+    groups = -(-needed // column_strips)
+    slots = min(most // groups, max(1, problem.batch)) if column_strips == 1 else 1
+    unit_rows = height if tile.march else min(tile.rows, height)
+    chunks = -(-problem.out_channels // tile.channels)
+
+    columns = (groups * tile.columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+    skipped = 0
+    if narrow(problem, tile, groups * column_strips):
+        columns, skipped = problem.size[1], problem.padding[1][0]
+    elif not tile.march and column_strips == 1:  # parts of the filter that reach the image nowhere are left out
+        beyond = span(problem, tile, min(tile.taps, problem.filter[1])) - 1
+        skipped = max(0, problem.padding[1][0] - beyond)
+        columns = min(columns - skipped, problem.padding[1][0] - skipped + problem.size[1] + beyond)
+
+    staged, rest = divmod(tile.channels, problem.multiplier)
+    if rest:
+        staged = (tile.channels + problem.multiplier - 2) // problem.multiplier + 1
+    if tile.march:
+        filter_bytes = -(-tile.channels * problem.taps * size // 16) * 16
+    else:
+        filter_bytes = problem.filter[0] * -(-problem.filter[1] * sum_bytes // 16) * 16 * tile.channels
+    copies = -(-columns // max(1, groups * lanes * load_bytes(problem, tile) // (staged * size)))
+    while True:
+        out_bytes = tile.channels * groups * slots * tile.columns * size if store_bytes(problem, tile) == 16 else 0
+        row_bytes = -(-slots * columns * staged * size // 16) * 16
+        shared_bytes = tile.stages * tile.stage_rows * row_bytes + filter_bytes + out_bytes + (64 if tile.bulk else 0)
+        if shared_bytes <= device.shared_bytes - 1024:
+            break
+        if slots == 1:
+            return None
+        slots -= 1
+
+    warps = -(-lanes * groups * slots // 32)
+    resident = max(1, min(device.shared_bytes // (shared_bytes + 1024), device.threads // (32 * warps)))
+    rows = -(-problem.batch // slots) * height
+    resident = min(resident, max(tile.min_blocks, 16 // warps) if tile.march else 2)
+    part_rows = tile.part_rows
+    if tile.march and not part_rows:
+        blocks = max(1, device.multiprocessors * resident // (chunks * column_strips))
+        share = max(1, -(-rows // blocks))
+        whole = -(-share // height) * height
+        parts = {share, whole, *(-(-height // k) for k in range(1, 17) if height <= rows)}
+        part_rows = min(
+            sorted(parts, reverse=True),
+            key=lambda each: march_clocks(problem, device, tile, chunks * column_strips, rows, each, resident, warps),
+        )
+    elif not part_rows:
+        share = rows * chunks * column_strips // (4 * device.multiprocessors * resident * unit_rows)
+        part_rows = max(1, share) * unit_rows
+    part_rows = max(1, min(part_rows, rows))
+    return Cut(
+        groups=groups,
+        slots=slots,
+        columns=columns,
+        skipped=skipped,
+        chunks=chunks,
+        column_strips=column_strips,
+        unit_rows=unit_rows,
+        rows=rows,
+        part_rows=part_rows,
+        parts=-(-rows // part_rows),
+        shared_bytes=shared_bytes,
+        resident=resident,
+        copies=copies,
+    )
+
+
+def reached(taps: int, apart: int, size: int, stride: int, before: int, outputs: int) -> float:
+    """The share of a filter's taps that lie inside the image, over the outputs of one dimension.
+
+    >>> reached(13, 1, 7, 1, 6, 7)
+    0.5384615384615384
+    """
+    sampled = range(0, outputs, max(1, outputs // 64))
+    inside = 0
+    for i in sampled:
+        first = i * stride - before
+        lowest = max(0, -(first // apart) if first < 0 else 0)
+        inside += max(0, min(taps - 1, (size - 1 - first) // apart) - lowest + 1)
+    return inside / (len(sampled) * taps)
+
+
+def most_in_rows(problem: DepthwiseProblem, rows: int, part_rows: int) -> int:
+    """Input rows of the block of the march that reads most of them."""
+    height, stride, pad = problem.out_size[0], problem.stride[0], problem.padding[0][0]
+
+    def of_image(first: int, end: int) -> int:
+        last = min((end - 1) * stride - pad + problem.filter[0], problem.size[0])
+        return last - max(0, first * stride - pad) if end > first else 0
+
+    most = 0
+    for start in range(0, rows, max(1, rows // part_rows // 16) * part_rows):
+        first, count = start % height, min(part_rows, rows - start)
+        head = min(count, height - first)
+        whole, tail = divmod(count - head, height)
+        most = max(most, of_image(first, first + head) + whole * of_image(0, height) + of_image(0, tail))
+    return most
+
+
+def march_clocks(
+    problem: DepthwiseProblem,
+    device: DeviceSpec,
+    tile: Tile,
+    columns: int,
+    rows: int,
+    part_rows: int,
+    resident: int,
+    warps: int,
+) -> float:
+    """Clocks that the march takes to issue its instructions, with `columns` chunks of strips of so many rows each."""
+    converts = tile.vector if problem.element_bytes == 2 else 0
+    taps = float(problem.taps)
+    if narrow(problem, tile, -(-problem.out_size[1] // tile.columns)):  # products with padding are left out
+        taps *= reached(
+            problem.filter[1],
+            problem.dilation[1],
+            problem.size[1],
+            problem.stride[1],
+            problem.padding[1][0],
+            tile.columns,
+        )
+    in_row = taps * tile.columns * tile.vector / problem.stride[0]
+    in_row += span(problem, tile, problem.filter[1]) * (1 + converts) + (25 if tile.bulk else 45)
+    out_row = tile.columns * ((2 if store_bytes(problem, tile) == 16 else 3) + converts) + 20
+    block = most_in_rows(problem, rows, part_rows) * in_row + part_rows * out_row + 6 * problem.taps + 300
+    full, rest = divmod(-(-columns * -(-rows // part_rows) // device.multiprocessors), resident)
+    if part_rows > problem.out_size[0] and part_rows % problem.out_size[0]:
+        block *= 1.06  # rows around the ends of blocks are read twice
+    waves = full * clocks_for_all(resident * warps) + (clocks_for_all(rest * warps) if rest else 0.0)
+    return block * waves
+
+
+def clocks_for_all(warps: float) -> float:
+    """Clocks in which a multiprocessor issues an instruction of each of so many warps; it has four schedulers."""
+    return (max(warps, 4.0) + 2.5) / (4 * 0.88)
