@@ -162,7 +162,7 @@ __device__ __forceinline__ void direct_nhwc(const Tensors<typename C::Element>& 
         if (s == 0 || tile < end)
             copy_tile<C>(tensors.x, sizes, tiling, nhwc_place<C>(tiling, tile), first_channel / C::kMultiplier,
                          stages + s * stage_elements);
-        if (C::kStages > 1) end_copies();
+        if (C::kStages > 1) end_of_copies();
     }
     stage_filter<C>(tensors.w, sizes, first_channel, filter);
 
@@ -206,7 +206,7 @@ __device__ __forceinline__ void direct_nhwc(const Tensors<typename C::Element>& 
                 copy_tile<C>(tensors.x, sizes, tiling, nhwc_place<C>(tiling, ahead), first_channel / C::kMultiplier,
                              stages + free * stage_elements);
         }
-        end_copies();
+        end_of_copies();
         wait_for_copies<C::kStages - 1>();
         __syncthreads();
         const int rows = out_h - place.row - row, columns = out_w - place.column - column;

@@ -352,12 +352,12 @@ __device__ __forceinline__ void matrix_nhwc(const Tensors<typename C::Element>& 
                 if (exist & 256u << k) stores.store(results + (left + k * kResults), first + k * out_row);
         };
         meet();
-        wait_for_rows<C::kStages - 1>();
+        wait_for_copies<C::kStages - 1>();
         meet();
         turn();
 #pragma unroll 1
         for (; line != end; ++line) {
-            wait_for_rows<C::kStages - 2>();
+            wait_for_copies<C::kStages - 2>();
             meet();  // what was turned is there for the products, and the results of the step before for the stores
             fetch.copy(*line, x_row, stages + stage, row_bytes);
             stage = stage + stage_bytes == C::kStages * stage_bytes ? 0 : stage + stage_bytes;

@@ -5,7 +5,7 @@
 //   last one starts earlier, and makes some outputs again.
 #pragma once
 #include "bands.cuh"
-#include "wide_nhwc_rows.cuh"
+#include "copies.cuh"
 
 namespace dwconv {
 
@@ -203,9 +203,9 @@ struct MatrixFetch {
 #pragma unroll
             for (int d = 0; d < C::kRows; ++d)
                 if (into[k] >= 0)
-                    row_piece<16, true>(stage + (d * stage_row + into[k]), from[k] + (first + d * row_bytes),
-                                        exist & 1u << d);
-        end_of_row();
+                    copy_piece_or_zero<16, true>(stage + (d * stage_row + into[k]), from[k] + (first + d * row_bytes),
+                                                 exist & 1u << d);
+        end_of_copies();
     }
 };
 

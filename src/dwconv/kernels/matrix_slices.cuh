@@ -9,32 +9,17 @@
 //   of 16 bytes, and a warp's part of M stays in registers for all images. Zeros of M times an Inf or NaN of other
 //   rows, channels or images are NaN: such sums are computed again (exact_sum).
 #pragma once
+#include "copies.cuh"
 #include "matrix_items.cuh"
 
 namespace dwconv {
 
-#ifndef DWCONV_EMULATOR
-__device__ __forceinline__ void fetch_slice_vector(void* to, const void* from) {
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
 // Brings a line that will be read later closer.
-__device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-__device__ __forceinline__ void end_of_slice() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all but the thread's last Open slices have arrived.
-template <int Open>
-__device__ __forceinline__ void wait_for_slice() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
-}
-#else
-__device__ __forceinline__ void fetch_slice_vector(void* to, const void* from) {
-    *static_cast<uint4*>(to) = __ldg(static_cast<const uint4*>(from));
-}
-__device__ __forceinline__ void prefetch_line(const void*) {}
-__device__ __forceinline__ void end_of_slice() {}
-template <int Open>
-__device__ __forceinline__ void wait_for_slice() {}
+__device__ __forceinline__ void prefetch_line(const void* at) {
+#ifndef DWCONV_EMULATOR
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 #endif
+}
 
 // `check` turns from zeros into a NaN when one of two neighbouring elements is an Inf or a NaN.
 #ifdef DWCONV_EMULATOR
@@ -204,7 +189,7 @@ struct Slices {
         if (part.image >= P::kBeside) return;
 #pragma unroll
         for (int image = 0; image < S::kImages; image += P::kBeside)
-            fetch_slice_vector(to + image * S::kElements, from + image * image_elements);
+            copy_piece<16>(to + image * S::kElements, from + image * image_elements);
     }
 
     __device__ __forceinline__ void store(const SlicePlace& place) const {
@@ -416,7 +401,7 @@ struct Slices {
 #pragma unroll 1
         for (unsigned ahead = 0; ahead + 1 < S::kStages; ++ahead) {
             if (number + ahead < end) fetch(place(number + ahead), stage(ahead));
-            end_of_slice();
+            end_of_copies();
         }
         prepare();
         __syncthreads();
@@ -429,11 +414,11 @@ struct Slices {
                 __syncthreads();
                 load_bands();
             }
-            wait_for_slice<S::kStages - 2>();
+            wait_for_copies<S::kStages - 2>();
             __syncthreads();  // the slice is there; the results of the one before have left, and its stage is free
             const int before = at == 0 ? S::kStages - 1 : at - 1;
             if (number + (S::kStages - 1) < end) fetch(place(number + (S::kStages - 1)), stage(before));
-            end_of_slice();
+            end_of_copies();
             multiply(now, stage(at));
             __syncthreads();
             store(now);

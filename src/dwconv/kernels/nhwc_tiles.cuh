@@ -3,6 +3,7 @@
 //   columns of them; of x it holds, image by image, in_rows lines of in_columns pixels of kPixel elements each.
 //   Tiles are numbered column fastest, then row, then image. Copies run ahead of their use (cp.async, sm_80 and newer).
 #pragma once
+#include "copies.cuh"
 #include "epilogue.cuh"
 
 namespace dwconv {
@@ -22,40 +23,6 @@ struct NhwcTiling {
     unsigned each;           // so many of them
     unsigned lines_at_once;  // of a tile, that the block copies
 };
-
-// Copies Width elements to shared memory without waiting for them, or zeros where they are not inside.
-template <int Width, class T>
-__device__ __forceinline__ void copy_ahead(T* shared, const T* global, bool inside) {
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    constexpr int kBytes = Width * sizeof(T);
-    if constexpr (kBytes >= 4) {
-        // Through L1 (.ca): past it (.cg), the H200 fetches every sector twice from L2 (2026-11).
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
-                         static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-                     "l"(global), "n"(kBytes), "r"(inside ? kBytes : 0)
-                     : "memory");
-        return;
-    }
-#endif
-    Vector<T, Width> values = {};
-    if (inside) values = load_vector<Width>(global);
-    *reinterpret_cast<Vector<T, Width>*>(shared) = values;
-}
-
-// Ends a group of copies.
-__device__ __forceinline__ void end_copies() {
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits until all groups of this thread's copies but the last `Pending` are there.
-template <int Pending>
-__device__ __forceinline__ void wait_for_copies() {
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-#endif
-}
 
 // Where a tile stands: its first image, output row and output column.
 struct NhwcPlace {
@@ -85,6 +52,7 @@ __device__ __forceinline__ void copy_tile(const typename C::Element* x, const Si
     const int in_columns = tiling.in_columns.divisor, in_rows = tiling.in_rows.divisor;
     const int at_once = tiling.lines_at_once;
     const int slot = threadIdx.x / kCopies;
+    constexpr int kBytes = C::kCopy * static_cast<int>(sizeof(typename C::Element));
     const int channel = threadIdx.x % kCopies * C::kCopy;
     const int first_line = at_once == 1 ? 0 : static_cast<int>(tiling.in_columns.quotient(slot));
     if (slot >= kSlots || first_line >= at_once) return;
@@ -106,10 +74,11 @@ __device__ __forceinline__ void copy_tile(const typename C::Element* x, const Si
             if constexpr (C::kManyImages) {
                 const unsigned image = tiling.in_rows.quotient(line);
                 row = first_row + line - static_cast<int>(image) * in_rows;
-                copy_ahead<C::kCopy>(to, from + (image * sizes.x_image + row * sizes.x_row),
-                                     static_cast<unsigned>(row) < in_h && place.image + image < tiling.batch);
+                copy_piece_or_zero<kBytes, true>(
+                    to, from + (image * sizes.x_image + row * sizes.x_row),
+                    static_cast<unsigned>(row) < in_h && place.image + image < tiling.batch);
             } else {
-                copy_ahead<C::kCopy>(to, from, static_cast<unsigned>(row) < in_h);
+                copy_piece_or_zero<kBytes, true>(to, from, static_cast<unsigned>(row) < in_h);
                 row += at_once;
                 from += step;
             }

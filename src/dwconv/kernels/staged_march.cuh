@@ -7,45 +7,10 @@
 //   before. Outputs are gathered behind it, and leave as stretches.
 //   kEven: all tiles are whole, and a lane copies and stores the same piece of two rows of four planes.
 #pragma once
+#include "copies.cuh"
 #include "staged_planes.cuh"
 
 namespace dwconv {
-
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-#define DWCONV_ASYNC_MARCH  // copies run beside the arithmetic; before sm_80 a lane waits for its own
-#endif
-
-template <int Bytes>
-__device__ __forceinline__ void march_piece(void* to, const void* from) {
-#ifdef DWCONV_ASYNC_MARCH
-    if constexpr (Bytes == 2) {  // no copy is that small
-        *static_cast<unsigned short*>(to) = __ldg(static_cast<const unsigned short*>(from));
-        return;
-    }
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    if constexpr (Bytes == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-    else if constexpr (Bytes > 2)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(Bytes) : "memory");
-#else
-    using Bits = typename Word<Bytes>::Type;
-    *static_cast<Bits*>(to) = __ldg(static_cast<const Bits*>(from));
-#endif
-}
-
-__device__ __forceinline__ void end_of_stage() {
-#ifdef DWCONV_ASYNC_MARCH
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits until all but the lane's last Open stages have arrived.
-template <int Open>
-__device__ __forceinline__ void wait_for_stage() {
-#ifdef DWCONV_ASYNC_MARCH
-    asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
-#endif
-}
 
 // Which of the pieces of several planes a lane moves: `across` neighbouring lanes those of a plane, of `planes` planes
 // at a time. Lanes that are left over do what others do.
@@ -166,8 +131,8 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
         if constexpr (C::kEven) {
             if (static_cast<unsigned>(copied_row + below - row) < static_cast<unsigned>(in_end - row))
                 each_plane<C>(share.group, tiling.copy_planes, planes, [&](int k) {
-                    march_piece<C::kGranule * sizeof(T)>(into + stage + k * static_cast<int>(tiling.copy_pitch),
-                                                         from + k * static_cast<long long>(tiling.copy_step));
+                    copy_piece<C::kGranule * sizeof(T)>(into + stage + k * static_cast<int>(tiling.copy_pitch),
+                                                        from + k * static_cast<long long>(tiling.copy_step));
                 });
         } else {
 #pragma unroll 1
@@ -177,10 +142,10 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
                     const T* line = from + k * static_cast<long long>(tiling.copy_step) + r * in_w;
 #pragma unroll 1
                     for (int at = 0; at < pieces - share.piece; at += 32)
-                        march_piece<C::kGranule * sizeof(T)>(to + at * C::kGranule, line + at * C::kGranule);
+                        copy_piece<C::kGranule * sizeof(T)>(to + at * C::kGranule, line + at * C::kGranule);
                 });
         }
-        end_of_stage();
+        end_of_copies();
         from += 2 * in_w;
     };
     // The first rows are on their way before anything else.
@@ -274,7 +239,7 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
     const T* at = own;
     int stage = last_stage, next = origin;  // the stage that is read, or was; its successor's rows
     const auto next_stage = [&] {
-        wait_for_stage<C::kStages - 2>();
+        wait_for_copies<C::kStages - 2>();
         __syncwarp();  // the rows are there for all lanes, and none reads the stage any more that is filled now
         copy(stage, next + (C::kStages - 1) * 2);
         stage = stage == last_stage ? 0 : stage + stage_elements;
@@ -327,7 +292,7 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
     }
 #pragma unroll
     for (int k = C::kFilterH - 2; k >= 0; --k) store(sums[k]);  // what only padding would be added to
-    wait_for_stage<0>();
+    wait_for_copies<0>();
 }
 
 }  // namespace dwconv

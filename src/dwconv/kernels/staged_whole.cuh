@@ -21,20 +21,20 @@ __device__ __forceinline__ void copy_stretch(T* to, const T* from, int count, in
 #pragma unroll 1
         for (; at + 7 * 32 < vectors; at += 8 * 32)
 #pragma unroll
-            for (int k = 0; k < 8; ++k) march_piece<16>(to + (at + k * 32) * kVector, from + (at + k * 32) * kVector);
+            for (int k = 0; k < 8; ++k) copy_piece<16>(to + (at + k * 32) * kVector, from + (at + k * 32) * kVector);
 #pragma unroll 1
-        for (; at < vectors; at += 32) march_piece<16>(to + at * kVector, from + at * kVector);
+        for (; at < vectors; at += 32) copy_piece<16>(to + at * kVector, from + at * kVector);
         done = vectors * kVector;
     }
     if (sizeof(T) == 2 && reinterpret_cast<unsigned long long>(from + done) % 4 == 0) {
         constexpr int kPair = 4 / sizeof(T);
         const int pairs = (count - done) / kPair;
 #pragma unroll 1
-        for (int at = lane; at < pairs; at += 32) march_piece<4>(to + done + at * kPair, from + done + at * kPair);
+        for (int at = lane; at < pairs; at += 32) copy_piece<4>(to + done + at * kPair, from + done + at * kPair);
         done += pairs * kPair;
     }
 #pragma unroll 1
-    for (int at = done + lane; at < count; at += 32) march_piece<sizeof(T)>(to + at, from + at);
+    for (int at = done + lane; at < count; at += 32) copy_piece<sizeof(T)>(to + at, from + at);
 }
 
 // Two neighbouring elements of 16 bits, at a multiple of 4 bytes, as sums.
@@ -125,9 +125,9 @@ __device__ __forceinline__ void staged_whole(const Tensors<typename C::Element>&
     };
     const auto fetch = [&](T* input) {
         copy_stretch(filters, tensors.w + static_cast<long long>(channel) * kTaps, planes * kTaps, lane);
-        end_of_stage();
+        end_of_copies();
         copy_stretch(input, tensors.x + static_cast<long long>(first_plane) * in_plane, planes * in_plane, lane);
-        end_of_stage();
+        end_of_copies();
     };
     if (!find()) return;
 #ifndef DWCONV_EMULATOR
@@ -146,7 +146,7 @@ __device__ __forceinline__ void staged_whole(const Tensors<typename C::Element>&
         const ChannelValues<Sum> values = channel_values<C>(tensors, channel + plane);
         const long long first_output = static_cast<long long>(first_plane) * out_plane;
         const int outputs = planes * out_plane;
-        wait_for_stage<1>();
+        wait_for_copies<1>();
         __syncwarp();
         Sum taps[C::kFilterH][C::kFilterW];
         {
@@ -162,7 +162,7 @@ __device__ __forceinline__ void staged_whole(const Tensors<typename C::Element>&
         for (int k = 0; k < kLive; ++k)
 #pragma unroll
             for (int t = 0; t < C::kColumns; ++t) sums[k][t] = bias;
-        wait_for_stage<0>();
+        wait_for_copies<0>();
         __syncwarp();  // everything is there, and all filters have been read
         bool more = false;
         if constexpr (C::kAhead > 0) {  // the next item is on its way while this one is summed

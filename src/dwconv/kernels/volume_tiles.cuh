@@ -1,5 +1,6 @@
 // volume_tiles.cuh: tiles of input planes in shared memory, for the kernels of volumes.cuh
 #pragma once
+#include "copies.cuh"
 #include "epilogue.cuh"
 
 namespace dwconv {
@@ -116,14 +117,12 @@ __device__ __forceinline__ void share_taps(const Tensors<typename C::Element>& t
     }
 }
 
-// ---- copies into shared memory that run on their own, where the architecture has them ----
-
 constexpr int kNowhere = -2147483647 - 1;  // offset of a vector that is not in the image; others may be negative too
 
 // Copies the vector at `offset` of a plane, unless that is nowhere.
 template <int Width, class T>
 __device__ __forceinline__ void copy_to_shared(T* to, const T* plane, int offset) {
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#ifdef DWCONV_ASYNC_COPIES
     constexpr int kBytes = Width * sizeof(T);
     if constexpr (kBytes >= 4) {
         const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -143,20 +142,6 @@ __device__ __forceinline__ void copy_to_shared(T* to, const T* plane, int offset
     }
 #endif
     if (offset != kNowhere) store_vector(to, load_vector<Width>(plane + offset));
-}
-
-__device__ __forceinline__ void end_of_group() {
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits until all but the last `Pending` groups of this thread have arrived.
-template <int Pending>
-__device__ __forceinline__ void wait_for_groups() {
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-#endif
 }
 
 // ---- the block ----

@@ -54,7 +54,7 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
             if constexpr (C::kReload) next_x = x + plane * sizes.x_depth;
             fetch<C>(table, next_x, slots + stage * elements, tiling, only);
         }
-        end_of_group();
+        end_of_copies();
         next_x += plane_apart;
         ++next;
     };
@@ -113,7 +113,7 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
             if (V::kUnroll > 1 && now >= steps) break;
             const int plane = plane_of(now);
             const bool is_padding = plane < 0 || plane >= in_d;
-            wait_for_groups<kAhead - 1>();
+            wait_for_copies<kAhead - 1>();
             const typename Selected<V::kDirect, T, Sum>::Type* tile;
             if constexpr (V::kDirect) {
                 __syncthreads();  // this plane has arrived, and the one before is no longer read
@@ -183,7 +183,7 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
             }
         }
     }
-    wait_for_groups<0>();
+    wait_for_copies<0>();
     if constexpr (V::kPaired) {
         __syncthreads();
         store_pending();

@@ -23,7 +23,7 @@ __device__ __forceinline__ void share_filter(const typename C::Element* w, typen
     constexpr unsigned kVector = 16 / sizeof(typename C::Element);
     const unsigned vectors = reinterpret_cast<unsigned long long>(w) % 16 == 0 ? count / kVector : 0;
     for (unsigned k = threadIdx.x; k < vectors; k += blockDim.x)
-        row_piece<16, true>(filter + k * kVector, w + k * kVector, true);
+        copy_piece_or_zero<16, true>(filter + k * kVector, w + k * kVector, true);
 #pragma unroll 8
     for (unsigned k = vectors * kVector + threadIdx.x; k < count; k += blockDim.x) filter[k] = load_one(w + k);
 }
@@ -106,7 +106,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
     WideNhwcCopies<C> copies(sizes, tiling, position, end_position, slot, first_channel, tile_column, slot_elements,
                              row_elements, stages, memory);
     if constexpr (C::kMarch) share_filter<C>(w, filter_bits, filter_count);  // belongs to the first group of copies
-    if constexpr (C::kBulk) end_of_row();
+    if constexpr (C::kBulk) end_of_copies();
     copies.open(tensors, sizes, tiling);
 #pragma unroll 1
     for (unsigned k = 0; k < C::kStages - 1; ++k) copies.copy(k, tensors, sizes, tiling);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
     }
     Sum taps[C::kMarch ? W::kTaps : 1][kVector];
     if constexpr (C::kMarch) {
-        wait_for_rows<C::kBulk ? 0 : C::kStages - 2>();
+        wait_for_copies<C::kBulk ? 0 : C::kStages - 2>();
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < W::kTaps; ++k)

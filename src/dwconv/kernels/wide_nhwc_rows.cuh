@@ -6,6 +6,7 @@
 //   WideNhwcStretches: where a block takes whole pixels, one thread has a row copied by one bulk copy (sm_90 and
 //   newer).
 #pragma once
+#include "copies.cuh"
 #include "epilogue.cuh"
 
 namespace dwconv {
@@ -55,50 +56,11 @@ struct WideNhwc {
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one row is read while another one arrives");
 };
 
-// ---- copies to shared memory that run beside the arithmetic; before sm_80 the thread waits for its own ----
+// ---- bulk copies: a barrier in shared memory counts the bytes of a stage. The emulator copies at once. ----
 
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-#define DWCONV_ASYNC_ROWS
-#endif
 #if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define DWCONV_BULK_ROWS
 #endif
-
-// Copies Bytes to shared memory, or writes zeros where there is nothing to copy.
-template <int Bytes, bool Cached>
-__device__ __forceinline__ void row_piece(void* to, const void* from, bool exists) {
-#ifdef DWCONV_ASYNC_ROWS
-    if constexpr (Bytes >= 4) {
-        const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-        if constexpr (Bytes == 16 && !Cached)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(exists ? 16 : 0)
-                         : "memory");
-        else
-            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(Bytes),
-                         "r"(exists ? Bytes : 0)
-                         : "memory");
-        return;
-    }
-#endif
-    using Bits = typename Word<Bytes>::Type;
-    *static_cast<Bits*>(to) = exists ? __ldg(static_cast<const Bits*>(from)) : Bits();
-}
-
-__device__ __forceinline__ void end_of_row() {
-#ifdef DWCONV_ASYNC_ROWS
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits until all but the thread's last Open groups of copies have arrived.
-template <int Open>
-__device__ __forceinline__ void wait_for_rows() {
-#ifdef DWCONV_ASYNC_ROWS
-    asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
-#endif
-}
-
-// ---- bulk copies: a barrier in shared memory counts the bytes of a stage. The emulator copies at once. ----
 
 using BulkBarrier = unsigned long long;
 constexpr int kBarrierBytes = 64;  // of a block
@@ -234,15 +196,16 @@ struct WideNhwcPieces {
 #pragma unroll
                     for (int p = 0; p < C::kCopies; ++p)
                         if (p * step < span)
-                            row_piece<C::kLoadBytes, C::kCached>(row + p * step * W::kStaged, line + p * column_step,
-                                                                 static_cast<unsigned>(image_column + p * step) < in_w);
+                            copy_piece_or_zero<C::kLoadBytes, C::kCached>(
+                                row + p * step * W::kStaged, line + p * column_step,
+                                static_cast<unsigned>(image_column + p * step) < in_w);
                 } else {
                     const Element* from = line;
                     Element* to = row;
                     int at = image_column;
 #pragma unroll 1
                     for (int k = span; k > 0; k -= step) {
-                        row_piece<C::kLoadBytes, C::kCached>(to, from, static_cast<unsigned>(at) < in_w);
+                        copy_piece_or_zero<C::kLoadBytes, C::kCached>(to, from, static_cast<unsigned>(at) < in_w);
                         at += step;
                         from += column_step;
                         to += step * W::kStaged;
@@ -253,10 +216,10 @@ struct WideNhwcPieces {
             }
             if (rows <= 0) open(tensors, sizes, tiling);
         }
-        end_of_row();
+        end_of_copies();
     }
 
-    __device__ __forceinline__ void wait(unsigned) { wait_for_rows<C::kStages - 2>(); }
+    __device__ __forceinline__ void wait(unsigned) { wait_for_copies<C::kStages - 2>(); }
 };
 
 // What thread 0 has copied for all: of each slot, the columns of a row that exist.

@@ -1,0 +1,65 @@
+// copies.cuh: copies to shared memory that run beside the arithmetic (cp.async, sm_80 and newer)
+//   Before sm_80, for pieces of two bytes, and in the emulator, the thread waits for its own copy.
+#pragma once
+#include "common.cuh"
+
+namespace dwconv {
+
+#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define DWCONV_ASYNC_COPIES
+#endif
+
+// Copies Bytes, 16 of them past L1; both addresses are multiples of Bytes.
+template <int Bytes>
+__device__ __forceinline__ void copy_piece(void* to, const void* from) {
+#ifdef DWCONV_ASYNC_COPIES
+    if constexpr (Bytes >= 4) {
+        const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+        if constexpr (Bytes == 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+        else
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(Bytes) : "memory");
+        return;
+    }
+#endif
+    using Bits = typename Word<Bytes>::Type;
+    *static_cast<Bits*>(to) = __ldg(static_cast<const Bits*>(from));
+}
+
+// Copies Bytes, or writes zeros where there is nothing to copy. Cached: through L1. Past it, the H200 fetches twice the
+// sectors of pieces that don't fill lines (2026-11).
+template <int Bytes, bool Cached>
+__device__ __forceinline__ void copy_piece_or_zero(void* to, const void* from, bool exists) {
+#ifdef DWCONV_ASYNC_COPIES
+    if constexpr (Bytes >= 4) {
+        const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+        if constexpr (Bytes == 16 && !Cached)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(exists ? 16 : 0)
+                         : "memory");
+        else
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(Bytes),
+                         "r"(exists ? Bytes : 0)
+                         : "memory");
+        return;
+    }
+#endif
+    using Bits = typename Word<Bytes>::Type;
+    *static_cast<Bits*>(to) = exists ? __ldg(static_cast<const Bits*>(from)) : Bits();
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void end_of_copies() {
+#ifdef DWCONV_ASYNC_COPIES
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the last Open groups of this thread's copies have arrived.
+template <int Open>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef DWCONV_ASYNC_COPIES
+    asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
+#endif
+}
+
+}  // namespace dwconv
