@@ -11,7 +11,7 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant
-from .strips import too_long, window_rows
+from .strips import too_long, widest, window_rows
 
 MAX_TAPS = 32
 USUAL_SIDES = (7, 14, 28, 56)  # of images
@@ -139,14 +139,6 @@ def stage_bytes(problem: DepthwiseProblem, tile: Tile, one: Cut) -> int:
 def filter_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
     pitch = -(-tile.chunk // 4) * 4 + 4
     return -(-problem.taps * pitch * (8 if problem.dtype == "float64" else 4) // 16) * 16
-
-
-def widest(limit: int, *multiples: int) -> int:
-    """The largest power of two, at most `limit`, that divides all of these."""
-    width = 1
-    while width * 2 <= limit and all(number % (width * 2) == 0 for number in multiples):
-        width *= 2
-    return width
 
 
 def vectors(problem: DepthwiseProblem, wanted: int) -> int:

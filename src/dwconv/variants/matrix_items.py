@@ -10,12 +10,12 @@ from ..device import DeviceSpec
 from ..plan import fast_divisor
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
-from .strips import window_rows
+from .banks import with_fewest_conflicts
+from .strips import divided, short_divisor, up, window_rows
 
 MAX_BANDS = 16  # filter rows times products in a row: pairs of registers that hold the filter
 MOST_WARPS = 4  # of a block that works on one image at a time, else twice as many
 UNITS = (4, 8, 16)  # that a thread may fetch or store of an item
-SHARES = (1, 2, 4, 6, 8, 11, 16, 32)  # groups of images that a block may make
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +71,6 @@ class Geometry:
         return self.channels * problem.multiplier * self.warps
 
 
-def divided(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def up(a: int, multiple: int) -> int:
-    """The least multiple from a on."""
-    return divided(a, multiple) * multiple
-
-
-def short_divisor(divisor: int) -> tuple[int, int]:
-    """The fields of `dwconv::ShortDivisor`: divisor, and multiplier = 2**31 / divisor, rounded up."""
-    return divisor, divided(2**31, divisor)
-
-
 def steps(problem: DepthwiseProblem, lead: int) -> int:
     """Products of 16 columns that a filter row takes where `lead` columns stand in front of the input."""
     shift = lead - problem.padding[1][0]
@@ -127,12 +112,26 @@ def geometries(problem: DepthwiseProblem, tile: Tile, lead: int) -> Iterator[Geo
             warps = divided(images * slots, per_warp)
             if images > max(1, problem.batch) or warps > MOST_WARPS or (images > 4 and warps > 1):
                 continue
+            lines, pitch, plane_pitch = place(problem, tile, lead, (column_items, row_items), groups, bands, images)
             for channels in (1, 2, 3, 4, 6, 8) if whole else (1,):
                 if channels > 1 and channels * warps * problem.multiplier > MOST_WARPS * (2 if images > 1 else 1):
                     continue
                 if channels > problem.channels or problem.multiplier * warps > 32:
                     continue
-                yield place(problem, tile, lead, (column_items, row_items), groups, bands, images, channels, warps)
+                yield Geometry(
+                    column_items=column_items,
+                    row_items=row_items,
+                    channel_items=divided(max(1, problem.channels), channels),
+                    image_groups=divided(max(1, problem.batch), images),
+                    groups=groups,
+                    bands=bands,
+                    images=images,
+                    channels=channels,
+                    warps=warps,
+                    lines=lines,
+                    pitch=pitch,
+                    plane_pitch=plane_pitch,
+                )
         if slots <= per_warp // 2:
             break  # shorter items would leave most of a product unused
 
@@ -145,10 +144,11 @@ def place(
     groups: int,
     bands: int,
     images: int,
-    channels: int,
-    warps: int,
-) -> Geometry:
-    """An item's place in shared memory. items: side by side, below one another."""
+) -> tuple[int, int, int]:
+    """An item's place in shared memory: rows of a plane, elements from row to row and from plane to plane.
+
+    items: side by side, below one another.
+    """
     column_items, row_items = items
     lines = window_rows(problem, bands * tile.rows)
     if row_items == 1:
@@ -159,21 +159,7 @@ def place(
         least = width + max(left, right, 0)
     else:
         least = 8 * problem.stride[1] * (groups - 1) + 16 * steps(problem, lead)
-    pitch, plane_pitch = spread(problem, tile, groups, bands, images, up(least, 8), lines)
-    return Geometry(
-        column_items=column_items,
-        row_items=row_items,
-        channel_items=divided(max(1, problem.channels), channels),
-        image_groups=divided(max(1, problem.batch), images),
-        groups=groups,
-        bands=bands,
-        images=images,
-        channels=channels,
-        warps=warps,
-        lines=lines,
-        pitch=pitch,
-        plane_pitch=plane_pitch,
-    )
+    return lines, *spread(problem, tile, groups, bands, images, up(least, 8), lines)
 
 
 def spread(
@@ -183,13 +169,14 @@ def spread(
 
     Eight of them, of 16 bytes each, are read at a time: those of neighbouring groups.
     """
-    step = tile.rows * problem.stride[0]
+    step, rows = tile.rows * problem.stride[0], images * bands * groups
+    firsts = range(0, min(64, rows), 8)
 
-    def conflicts(pitch: int, plane: int) -> int:
-        found = 0
-        for first in range(0, min(64, images * bands * groups), 8):
+    def conflicts(choice: tuple[int, int]) -> int:
+        (pitch, plane), found = choice, 0
+        for first in firsts:
             places = []
-            for number in range(first, min(first + 8, images * bands * groups)):
+            for number in range(first, min(first + 8, rows)):
                 above, column = divmod(number, groups)
                 image, band = divmod(above, bands)
                 places.append((image * plane + band * step * pitch + column * 8 * problem.stride[1]) // 8 % 8)
@@ -198,7 +185,8 @@ def spread(
 
     pads = range(0, 64, 8)
     choices = [(least + p, lines * (least + p) + q) for p in pads[:3] for q in (pads if images > 1 else pads[:1])]
-    return min(choices, key=lambda choice: (conflicts(*choice), choice[1]))
+    choices.sort(key=lambda choice: choice[1])  # the smallest one of those with as few conflicts
+    return with_fewest_conflicts(choices, conflicts, least=len(firsts))
 
 
 def fetched_rows(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
@@ -218,6 +206,11 @@ def item_divisors(geometry: Geometry, image_groups: int) -> tuple[int, ...]:
         *short_divisor(geometry.bands),
         *short_divisor(geometry.warps),
     )
+
+
+def count_of(items: int, threads: int, counts: tuple[int, ...]) -> int | None:
+    """What the kernel is compiled for, of `counts`, for so many items a thread; None if there are too many."""
+    return next((count for count in counts if items <= count * threads), None)
 
 
 def blocks_of_registers(problem: DepthwiseProblem, tile: Tile, lead: int, held: int, warps: int) -> int:
@@ -271,7 +264,7 @@ def result_pitch(problem: DepthwiseProblem, tile: Tile, geometry: Geometry, leas
             words += [(first + 2 * pair) // 2 % 32 for pair in range(4)]
         return max(map(words.count, words))
 
-    return min((least + pad for pad in range(0, 64, 8)), key=lambda pitch: (conflicts(pitch), pitch))
+    return with_fewest_conflicts(range(least, least + 64, 8), conflicts, least=1)
 
 
 def item_seconds(

@@ -16,7 +16,7 @@ from .matrix_items import (
     Geometry,
     Tile,
     blocks_of_registers,
-    divided,
+    count_of,
     fetched_rows,
     filter_pitch,
     geometries,
@@ -26,12 +26,10 @@ from .matrix_items import (
     resident_blocks,
     result_pitch,
     shares,
-    short_divisor,
     steps,
-    up,
 )
 from .matrix_slices import slice_plans
-from .strips import too_long
+from .strips import divided, short_divisor, too_long, up, widest
 
 MAX_HELD = 36  # registers of a thread for input in flight and its places
 ROW = 7  # elements of a row that is fetched as a whole, at most
@@ -66,19 +64,6 @@ def is_dense(problem: DepthwiseProblem) -> bool:
 def granules(problem: DepthwiseProblem) -> tuple[int, ...]:
     """Elements that may go to shared memory together, most first."""
     return (4,) if takes_rows(problem) else tuple(g for g in (8, 4, 2, 1) if g <= widths(problem)[0])
-
-
-def widest(limit: int, *multiples: int) -> int:
-    """The largest power of two, at most `limit`, that divides all of these."""
-    width = 1
-    while width * 2 <= limit and all(number % (width * 2) == 0 for number in multiples):
-        width *= 2
-    return width
-
-
-def units_of_thread(units: int, threads: int) -> int | None:
-    """What the kernel is compiled for; None if there are too many."""
-    return next((most for most in UNITS if units <= most * threads), None)
 
 
 def tile_for(problem: DepthwiseProblem) -> Tile:
@@ -212,8 +197,8 @@ class MatrixNchw(Variant):
             return None
         if max(in_rows, line_units, geometry.groups) >= 2**15 or geometry.items >= 2**31:
             return None
-        loads = units_of_thread(geometry.images * units, 32 * warps)
-        stores = units_of_thread(geometry.images * result_units if staged else 1, 32 * warps)
+        loads = count_of(geometry.images * units, 32 * warps, UNITS)
+        stores = count_of(geometry.images * result_units if staged else 1, 32 * warps, UNITS)
         if loads is None or stores is None:
             return None
         places = 2 if geometry.images == 1 or rowwise else 3

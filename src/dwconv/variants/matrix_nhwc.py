@@ -10,9 +10,10 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
+from .banks import with_fewest_conflicts
 from .base import GRID_X_LIMIT, Variant
-from .matrix_items import divided, filter_pitch, steps, up
-from .strips import too_long
+from .matrix_items import count_of, filter_pitch, steps
+from .strips import divided, too_long, up
 
 OTHER_REGISTERS = 30  # of a thread, beside bands and sums
 MAX_BANDS = 24  # filter rows times products in a row
@@ -103,11 +104,6 @@ def pixel_pitch(tile: Tile) -> int:
     return tile.channels if tile.channels // 8 % 2 else tile.channels + 8
 
 
-def count_of(items: int, threads: int) -> int | None:
-    """What the kernel is compiled for, of so many items a thread; None if there are too many."""
-    return next((count for count in COUNTS if items <= count * threads), None)
-
-
 def plane_slot_of(slots: int, groups: int, least: int) -> int:
     """Elements from slot to slot such that the eight groups that are read together are in different banks."""
 
@@ -115,7 +111,7 @@ def plane_slot_of(slots: int, groups: int, least: int) -> int:
         places = [(n // groups * slot // 8 + n % groups) % 8 for n in range(slots * groups)]
         return sum(max(map(part.count, part)) for part in (places[:8], places[8:]) if part)
 
-    return min((least + 8 * pad for pad in range(8)), key=lambda slot: (conflicts(slot), slot))
+    return with_fewest_conflicts(range(least, least + 64, 8), conflicts, least=divided(slots * groups, 8))
 
 
 def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut:
@@ -274,11 +270,11 @@ class MatrixNhwc(Variant):
         if one.rows + one.part_rows >= 2**31 or one.chunks * one.strips * one.parts > GRID_X_LIMIT:
             return rejected("there are too many rows to number them in 31 bits")
         octets, threads = tile.channels // 8, 32 * tile.helpers
-        loads = count_of(one.slots * one.columns * octets, threads)
-        stores = count_of(one.slots * one.groups * 8 * octets, threads)
+        loads = count_of(one.slots * one.columns * octets, threads, COUNTS)
+        stores = count_of(one.slots * one.groups * 8 * octets, threads, COUNTS)
         depth = next(d for d in (4, 3, 2, 1) if octets % d == 0)  # octets of a load that turns pixels
         each = 4 // depth if depth == octets else 1
-        turns = count_of(divided(one.slots * one.units, each) * (octets // depth), tile.helpers)
+        turns = count_of(divided(one.slots * one.units, each) * (octets // depth), tile.helpers, COUNTS)
         if loads is None or stores is None or turns is None:
             return rejected("a row takes too many copies of each thread")
         constants = problem_constants(problem) | {

@@ -11,6 +11,7 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem, dense_strides
 from ..roofline import LAUNCH_SECONDS
+from .banks import with_fewest_conflicts
 from .base import GRID_X_LIMIT
 from .strips import divided, short_divisor, too_long, up
 
@@ -88,11 +89,6 @@ class MarchGeometry:
     out_pitch: int = 0
     copy_lanes: int = 1
     store_lanes: int = 1
-
-
-def live_rows(problem: DepthwiseProblem) -> int:
-    """Output rows that an input row adds to, at most."""
-    return divided(problem.filter[0], problem.stride[0])
 
 
 def unmarched(problem: DepthwiseProblem) -> str | None:
@@ -178,7 +174,8 @@ def ring_geometry(problem: DepthwiseProblem, march: March) -> MarchGeometry:
     store_lanes = out_w // 2 if even else min(32, divided(item_columns, store))
     right = max(0, out_w - 1 - left + taps_w - width)
     least = up(max(lead + staged, staged + right), granule)
-    plane_pitch = min(range(least, least + 32, granule), key=lambda pitch: conflicts(planes, lanes, pitch))
+    pitches = range(least, least + 32, granule)
+    plane_pitch = with_fewest_conflicts(pitches, lambda pitch: conflicts(planes, lanes, pitch), least=1)
     reach = lead - left + lanes * COLUMNS + taps_w - 1
     out_pitch = up(item_columns, 4) * (2 if even else 1)
     return MarchGeometry(

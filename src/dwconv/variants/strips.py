@@ -19,6 +19,14 @@ def up(a: int, multiple: int, remainder: int = 0) -> int:
     return a + (remainder - a) % multiple
 
 
+def widest(limit: int, *multiples: int) -> int:
+    """The largest power of two, at most `limit`, that divides all of these."""
+    width = 1
+    while width * 2 <= limit and all(number % (width * 2) == 0 for number in multiples):
+        width *= 2
+    return width
+
+
 def short_divisor(divisor: int) -> tuple[int, int]:
     """The fields of `dwconv::ShortDivisor`: divisor, and multiplier = 2**31 / divisor, rounded up.
 

@@ -9,11 +9,11 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
 from .base import Variant
+from .strips import divided, widest
 from .volumes import (
     HELD_TAPS,
     March,
     Tile,
-    ceil_div,
     copies,
     divisors,
     first_legal,
@@ -24,7 +24,6 @@ from .volumes import (
     most_volumes,
     needs_reload,
     numbered,
-    power_of_two,
     rejected_tile,
     rows_of,
     shared_bytes,
@@ -40,7 +39,7 @@ WIDTHS = (8, 16, 32, 56, 64)  # output columns of a tile, at most: the class tha
 
 def load_vector(problem: DepthwiseProblem) -> int:
     """Elements that one copy moves: rows of x are whole vectors, and a tile's first column starts one."""
-    return power_of_two(16 // problem.element_bytes, vector_limit(problem), problem.size[2])
+    return widest(16 // problem.element_bytes, vector_limit(problem), problem.size[2])
 
 
 def pitch_of(problem: DepthwiseProblem, width: int, rows: int, vector: int) -> int:
@@ -58,9 +57,9 @@ def pitch_of(problem: DepthwiseProblem, width: int, rows: int, vector: int) -> i
 def matrix_shared(problem: DepthwiseProblem, tile: Tile, volumes: int, warps: int, vectors: int, vector: int) -> int:
     """Shared memory of a block of tensor cores' products: tiles of x, bands of the filters, the table of vectors."""
     table = table_entries(volumes * vectors, tile, volumes * warps * 32)
-    tiles = tile.stages * ceil_div(volumes * vectors * vector, 8) * 16
+    tiles = tile.stages * divided(volumes * vectors * vector, 8) * 16
     bands = volumes * problem.filter[0] * problem.filter[1] * 256
-    return ceil_div(tiles + bands + 4 * table, 16) * 16
+    return divided(tiles + bands + 4 * table, 16) * 16
 
 
 class VolumeNcdhw(Variant):
@@ -112,7 +111,7 @@ class VolumeNcdhw(Variant):
         vector = min(tile.load_vector or 8, load_vector(problem))
         width = next((w for w in WIDTHS if w >= out_w), WIDTHS[-1])
         tiles_x = -(-out_w // width)
-        lanes_x = ceil_div(ceil_div(out_w, tiles_x), tile.columns)
+        lanes_x = divided(divided(out_w, tiles_x), tile.columns)
         if tiles_x > 1:
             lanes_x += lanes_x % 2  # tiles must start at vectors
         pitch = pitch_of(problem, width, tile.rows, vector)
@@ -151,13 +150,11 @@ class VolumeNcdhw(Variant):
         if reason := numbered(total + share, planes):
             return rejected(reason)
         tile_columns = -problem.padding[2][0] % vector + span(problem, lanes_x * tile.columns)
-        store = power_of_two(
-            min(tile.columns, 16 // problem.element_bytes), problem.aligned // problem.element_bytes, out_w
-        )
+        store = widest(min(tile.columns, 16 // problem.element_bytes), problem.aligned // problem.element_bytes, out_w)
         own_vectors = volumes * vectors / threads
         inputs = rows_of(problem, tile.rows) if tile.held else tile.rows * problem.filter[1]
         quads = -(-(span(problem, tile.columns) + -problem.padding[2][0] % vector % 4) // 4)
-        taps_read = 0 if tile.held else problem.filter[1] * ceil_div(march.ages * problem.filter[2], 4)
+        taps_read = 0 if tile.held else problem.filter[1] * divided(march.ages * problem.filter[2], 4)
         stores = tile.rows * tile.columns // store
         instructions = sum_instructions(problem, tile, inputs * quads + taps_read, stores, own_vectors)
         return make_plan(
@@ -240,7 +237,7 @@ class VolumeNcdhw(Variant):
         blocks, length, share, total = shares(problem, tile, device, tiles, threads, vector)
         if reason := numbered(total + share, planes):
             return rejected(reason)
-        store = power_of_two(2, problem.aligned // 2, out_w)
+        store = widest(2, problem.aligned // 2, out_w)
         instructions = matrix_instructions(problem, tile, volumes * vectors / threads)
         return make_plan(
             self.stem,

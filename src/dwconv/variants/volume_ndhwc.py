@@ -9,11 +9,11 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
 from .base import Variant
+from .strips import divided, widest
 from .volumes import (
     HELD_TAPS,
     March,
     Tile,
-    ceil_div,
     copies,
     divisors,
     first_legal,
@@ -24,7 +24,6 @@ from .volumes import (
     numbered,
     pair_instructions,
     pair_steps,
-    power_of_two,
     rejected_tile,
     rows_of,
     shared_bytes,
@@ -47,12 +46,12 @@ def chunk_of(problem: DepthwiseProblem, vector: int) -> int:
         return 32
     most = max(1, MOST_CHANNELS // problem.multiplier)
     chunks = -(-channels // most)
-    return ceil_div(ceil_div(channels, chunks), vector) * vector
+    return divided(divided(channels, chunks), vector) * vector
 
 
 def pairs_of(channels: int) -> int:
     """Pairs of channels in a block of tensor cores' products: 32 bytes where they divide, else the fewest in vain."""
-    pairs = ceil_div(channels, 2)
+    pairs = divided(channels, 2)
     if channels % 16 == 0 or pairs <= 8:
         return min(pairs, 8)
     return min(range(10, 5, -1), key=lambda n: -(-pairs // n) * n)
@@ -108,11 +107,11 @@ class VolumeNdhwc(Variant):
         _, out_h, out_w = problem.out_size
         channels, width, columns_apart = problem.channels, problem.size[2], problem.plane_strides[-1]
         limit = min(tile.load_vector or 8, vector_limit(problem))
-        vector = power_of_two(limit, channels, columns_apart)
+        vector = widest(limit, channels, columns_apart)
         chunk = chunk_of(problem, vector)
         align, linear = 1, chunk == channels and columns_apart == channels
         if linear:  # rows of all channels are one stretch: vectors may lie across columns
-            stretch = power_of_two(limit, width * channels)
+            stretch = widest(limit, width * channels)
             if not tile.load_vector:  # 8 bytes, where at most one column more has to be fetched at each end
                 most_bytes = max(8, vector * problem.element_bytes)
                 fitting = (v for v in (1, 2, 4, 8) if v <= stretch and v * problem.element_bytes <= most_bytes)
@@ -159,7 +158,7 @@ class VolumeNdhwc(Variant):
             return rejected(reason)
         inputs = rows_of(problem, tile.rows) if tile.held else tile.rows * problem.filter[1]
         loads = inputs * span(problem, tile.columns)
-        loads += 0 if tile.held else problem.filter[1] * ceil_div(march.ages * problem.filter[2] * tile.vector, 4)
+        loads += 0 if tile.held else problem.filter[1] * divided(march.ages * problem.filter[2] * tile.vector, 4)
         instructions = sum_instructions(problem, tile, loads, tile.rows * tile.columns, vectors / threads)
         return make_plan(
             self.stem,
@@ -214,7 +213,7 @@ class VolumeNdhwc(Variant):
         if out_h * out_w * problem.channels >= 2**31:
             return rejected("a plane of y reaches over 2³¹ elements or more, so that its places can't be numbered")
         steps = pair_steps(problem)
-        vector = power_of_two(min(2, vector_limit(problem)), problem.channels, problem.plane_strides[-1])
+        vector = widest(min(2, vector_limit(problem)), problem.channels, problem.plane_strides[-1])
         pairs = pairs_of(problem.channels)
         chunk, pixel = 2 * pairs, pairs // 2 * 4 + 2
         across = -(-out_w // 4)
@@ -235,9 +234,9 @@ class VolumeNdhwc(Variant):
             tile_rows = rows_of(problem, lanes_y)
             vectors = tile_rows * pitch // vector
             table = table_entries(vectors, tile, threads)
-            slots = tile.stages * ceil_div(vectors * vector, 8) * 16
+            slots = tile.stages * divided(vectors * vector, 8) * 16
             shared = slots + 4 * (taps + table + outputs * pairs + 2 * outputs * (pairs // 2 * 2 + 1))
-            shared = ceil_div(shared, 16) * 16
+            shared = divided(shared, 16) * 16
             if shared <= shared_limit or lanes_y == 1:
                 break
             most = lanes_y - 1

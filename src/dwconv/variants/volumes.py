@@ -10,6 +10,7 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT
+from .strips import divided, widest
 
 MAX_REGISTERS = 168  # sums, taps and windows of a thread, as `March.registers` estimates them
 SMALL_BYTES = 12_000_000  # problems up to here have too few blocks to hide the latency of a march
@@ -86,10 +87,6 @@ class March:
         dilation = 1 if taps == 1 else problem.dilation[0]
         period = taps if reload else stride
         return cls(period, -(-taps // period), 1 if reload or stride > 1 else dilation)
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def needs_reload(problem: DepthwiseProblem) -> bool:
@@ -182,8 +179,8 @@ def shares(
         # A march's latency is the time: shorter ones, as many as there is room for. But with copies of single elements,
         # it is rather what comes before the march (8 × 192 × (8, 7, 7), float32, H200: 0.54 with whole marches, 0.38
         # with short ones).
-        wanted = device.multiprocessors * MANY_WARPS // ceil_div(threads, 32)
-        share = min(length, max(2, ceil_div(total, max(1, wanted))))
+        wanted = device.multiprocessors * MANY_WARPS // divided(threads, 32)
+        share = min(length, max(2, divided(total, max(1, wanted))))
     return -(-total // share) if total else 1, length, share, total
 
 
@@ -213,7 +210,7 @@ def table_entries(vectors: int, tile: Tile, threads: int) -> int:
 def lane_taps(problem: DepthwiseProblem, tile: Tile) -> int:
     """Twin of `Volume::kTapPitch`: sums' elements that the filters of a lane take in shared memory."""
     march = March.of(problem, tile.reload)
-    row = ceil_div(problem.filter[2] * march.ages, 4) * 4
+    row = divided(problem.filter[2] * march.ages, 4) * 4
     vector = 16 // max(4, problem.element_bytes)
     return (march.period * problem.filter[1] * row * tile.vector // vector // 2 * 2 + 1) * vector
 
@@ -225,16 +222,11 @@ def numbered(groups: int, planes: int) -> str | None:
     return f"{max(groups, planes)} blocks or planes can't be numbered in 31 bits"
 
 
-def power_of_two(limit: int, *values: int) -> int:
-    """The largest power of two up to `limit` that divides all values."""
-    return max(v for v in (1, 2, 4, 8) if v <= limit and all(value % v == 0 for value in values))
-
-
 def vector_limit(problem: DepthwiseProblem) -> int:
     """Elements of a copy, as far as the address of x's planes allows."""
     image, channel, depth, row, _ = problem.plane_strides
     strides = (image, depth, row) if problem.layout == "channels_last" else (image, channel, depth, row)
-    return power_of_two(16 // problem.element_bytes, problem.aligned // problem.element_bytes, *strides)
+    return widest(16 // problem.element_bytes, problem.aligned // problem.element_bytes, *strides)
 
 
 def march_seconds(
@@ -258,7 +250,7 @@ def march_seconds(
     # Where taps are read as they are needed, the first and the last planes are added only to outputs that read them.
     skips = not tile.held and not (tile.matrix and problem.layout == "channels_first")
     added = march.period * share if skips else steps
-    warps = blocks * ceil_div(threads, 32)
+    warps = blocks * divided(threads, 32)
     held = min(12.0, warps / device.multiprocessors)  # by a multiprocessor
     rate = 4 * device.clock * device.multiprocessors * 0.7 * max(held, 4.0) / 12
     issue = warps * added * plane / rate
@@ -276,7 +268,7 @@ def sum_instructions(problem: DepthwiseProblem, tile: Tile, loads: int, stores: 
     """
     march = March.of(problem, tile.reload)
     sums = tile.rows * tile.columns * tile.vector
-    multiply_adds = sums * ceil_div(problem.taps, march.period) * (2 if problem.element_bytes == 8 else 1)
+    multiply_adds = sums * divided(problem.taps, march.period) * (2 if problem.element_bytes == 8 else 1)
     converts = 0.0
     if problem.element_bytes == 2:
         converts = 20 * own_vectors if problem.layout == "channels_first" else loads * tile.vector
@@ -293,7 +285,7 @@ def matrix_instructions(problem: DepthwiseProblem, tile: Tile, own_vectors: floa
 
 def pair_steps(problem: DepthwiseProblem) -> int:
     """Twin of `Volume::kSteps`: products of a filter row for four neighbouring outputs, channels last."""
-    return ceil_div(span(problem, 4), 8)
+    return divided(span(problem, 4), 8)
 
 
 def pair_instructions(problem: DepthwiseProblem, tile: Tile, own_vectors: float) -> float:
