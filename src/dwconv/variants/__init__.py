@@ -8,6 +8,7 @@ from .direct_nhwc import DirectNhwc
 from .matrix_nchw import MatrixNchw
 from .matrix_nhwc import MatrixNhwc
 from .one_per_thread import OnePerThread
+from .sparse_nhwc import SparseNhwc
 from .staged_nchw import StagedNchw
 from .tile16 import Tile16
 from .volume_ncdhw import VolumeNcdhw
@@ -25,6 +26,7 @@ REGISTRY: dict[str, Variant] = {
         DirectNhwc(),
         WideNhwc(),
         MatrixNhwc(),
+        SparseNhwc(),
         VolumeNcdhw(),
         VolumeNdhwc(),
         OnePerThread(),

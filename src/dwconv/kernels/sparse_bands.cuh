@@ -1,0 +1,126 @@
+// sparse_bands.cuh: products of 16-bit elements on sparse tensor cores: a filter row of two channels as one matrix
+//   Pixels stay as they lie in channels-last memory, pairs of neighbouring channels in a word. For two channels h, one
+//   filter row, and groups n of neighbouring outputs o:
+//     A[(h, o), (p, h')] = w[h, (p - SW*o - s) / DW] where h' = h and that is a tap, else 0
+//     B[(p, h'), n]      = x[row(n), SW * column(n) + p - PL - s, h']
+//     C[(h, o), n]       = y[row(n), column(n) + o, h]
+//   Half of A is zeros by its shape: of four neighbouring columns (two pixels of two channels) each row has two. So an
+//   m16n8k32 for sparse matrices takes them: 16 pixels of a filter row for 8 groups of up to eight outputs of two
+//   channels. Sums are float32, products exact.
+//   Zeros of A times an Inf or NaN are NaN, also where the filter doesn't reach: sums that are not finite are to be
+//   computed again, product by product.
+#pragma once
+#include "bands.cuh"
+
+namespace dwconv {
+
+#ifdef DWCONV_EMULATOR
+// D = C + A * B from the lanes' fragments, whose layout is the instruction's. Element s of a row of A, without the
+// zeros, belongs to columns 2 * s (rows 0 to 7) and 2 * s + 1 (rows 8 to 15).
+template <class T>
+__device__ __forceinline__ void multiply_sparse(float (&d)[4], const uint4& a, const unsigned (&b)[4],
+                                                const float (&c)[4]) {
+    float sums[4] = {c[0], c[1], c[2], c[3]};
+    const unsigned lane = threadIdx.x % 32;
+    const auto element = [](unsigned word, int half) {
+        T value;
+        value.bits = static_cast<unsigned short>(word >> 16 * half);
+        return static_cast<float>(value);
+    };
+    for (unsigned s = 0; s < 16; ++s) {
+        const unsigned from = lane / 4 * 4 + s % 8 / 2;
+        const unsigned upper = __shfl_sync(0xffffffffu, s < 8 ? a.x : a.z, from);
+        const unsigned lower = __shfl_sync(0xffffffffu, s < 8 ? a.y : a.w, from);
+        for (unsigned e = 0; e < 2; ++e) {
+            const unsigned pixel = __shfl_sync(0xffffffffu, b[s / 4], (lane % 4 * 2 + e) * 4 + s % 4);
+            sums[e] += element(upper, s % 2) * element(pixel, 0);
+            sums[2 + e] += element(lower, s % 2) * element(pixel, 1);
+        }
+    }
+    for (int e = 0; e < 4; ++e) d[e] = sums[e];
+}
+#else
+// Of every four columns, rows 0 to 7 have the first and the third, rows 8 to 15 the second and the fourth.
+constexpr unsigned kPairsOfChannels = 0xdddd8888u;
+
+#if defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1205
+#define DWCONV_SPARSE "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32."
+#else
+#define DWCONV_SPARSE "mma.sp.sync.aligned.m16n8k32.row.col.f32."
+#endif
+#define DWCONV_SPARSE_OPERANDS "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%12,%13,%14,%15}, %16, 0x0;"
+
+template <class T>
+__device__ __forceinline__ void multiply_sparse(float (&d)[4], const uint4& a, const unsigned (&b)[4],
+                                                const float (&c)[4]);
+template <>
+__device__ __forceinline__ void multiply_sparse<Half>(float (&d)[4], const uint4& a, const unsigned (&b)[4],
+                                                      const float (&c)[4]) {
+    asm(DWCONV_SPARSE "f16.f16.f32 " DWCONV_SPARSE_OPERANDS
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]), "r"(kPairsOfChannels));
+}
+template <>
+__device__ __forceinline__ void multiply_sparse<BFloat16>(float (&d)[4], const uint4& a, const unsigned (&b)[4],
+                                                          const float (&c)[4]) {
+    asm(DWCONV_SPARSE "bf16.bf16.f32 " DWCONV_SPARSE_OPERANDS
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]), "r"(kPairsOfChannels));
+}
+#endif
+
+// A zero that the compiler doesn't know to be one. What is combined with it takes a register of its own, where the
+// product wants it; ptxas would rather copy it again for each product.
+__device__ __forceinline__ unsigned unknown_zero() {
+    unsigned zero = 0;
+#ifndef DWCONV_EMULATOR
+    asm volatile("mov.u32 %0, %%nsmid; shr.u32 %0, %0, 31;" : "=r"(zero));
+#endif
+    return zero;
+}
+
+// The matrices of a filter. C::kGroup: outputs of a group; C::kLead: pixels of shared memory in front of the input's
+// first one.
+template <class C>
+struct SparseBand {
+    static constexpr int kShift = C::kLead - C::kPadLeft;  // s; negative where the padding isn't kept
+    static constexpr int kSteps = C::kSteps;               // products that a filter row takes, 16 pixels each
+    // Pixels that taps of a group reach; where the padding isn't kept, all that there are.
+    static constexpr int kReach =
+        kShift < 0 ? 16 * kSteps : (C::kGroup - 1) * C::kStrideW + kShift + (C::kFilterW - 1) * C::kDilationW + 1;
+    // A filter row in shared memory: tap v at kOrigin + v * DW, zeros around; pixel p of output o is at
+    // p + kOrigin - SW * o - s.
+    static constexpr int kOrigin = larger((C::kGroup - 1) * C::kStrideW + kShift, 0);
+    static constexpr int kPitch =
+        ceil_div(kOrigin + larger(16 * kSteps - kShift, (C::kFilterW - 1) * C::kDilationW + 1), 8) * 8;
+    // Twice, the second time one element earlier: pairs of neighbours are words in one or the other.
+    static constexpr int kCopy = C::kFilterH * kPitch, kFilterElements = 2 * kCopy;
+};
+
+// Writes a tap where it belongs in a filter's rows.
+template <class C>
+__device__ __forceinline__ void spread_tap(typename C::Element* rows, int u, int v, typename C::Element tap) {
+    using B = SparseBand<C>;
+    const int at = u * B::kPitch + B::kOrigin + v * C::kDilationW;
+    rows[at] = tap;
+    if (at > 0) rows[B::kCopy + at - 1] = tap;
+}
+
+// A lane's part of A of filter row u, for pixels 16 * step onwards. `rows`: the filter rows of the first channel of the
+// two; those of the second one follow.
+template <class C>
+__device__ __forceinline__ uint4 sparse_band(const typename C::Element* rows, int u, int step) {
+    using B = SparseBand<C>;
+    const int lane = threadIdx.x % 32;
+    const int first = B::kOrigin - B::kShift - C::kStrideW * smaller(lane / 4, C::kGroup - 1);
+    const unsigned* at =
+        reinterpret_cast<const unsigned*>(rows + first % 2 * B::kCopy + (first - first % 2)) + lane % 4;
+    const auto pair = [at, u, step](int channel, int s) {
+        return at[(channel * B::kFilterElements + u * B::kPitch + 16 * step + s) / 2];
+    };
+    return uint4{pair(0, 0), pair(1, 0), pair(0, 8), pair(1, 8)};
+}
+
+}  // namespace dwconv
