@@ -80,11 +80,12 @@ struct SparseMarch {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         channel = warp * kOwn;
         zero = unknown_zero();
-        const int groups = static_cast<int>(tiling.groups), last = groups * static_cast<int>(tiling.slots) - 1;
+        const int groups = static_cast<int>(tiling.slot_groups.divisor);
+        const int last = groups * static_cast<int>(tiling.slots) - 1;
 #pragma unroll
         for (int tile = 0; tile < C::kTiles; ++tile) {
             const int group = smaller(R::group_of(8 * tile + lane / 4), last);  // beyond: the last one again
-            const int slot = group / groups;
+            const int slot = static_cast<int>(tiling.slot_groups.quotient(group));
             const int pixel =
                 slot * static_cast<int>(tiling.width) + (group - slot * groups) * (C::kGroup * C::kStrideW) + lane % 4;
 #pragma unroll
@@ -202,8 +203,8 @@ struct SparseMarch {
     __device__ __forceinline__ bool find(const Sizes& sizes, const SparseTiling& tiling, int image, int i, int j,
                                          int tile, int e, int& column, long long& of_image, long long& pixel) const {
         const int output = threadIdx.x % 32 / 4, number = R::group_of(8 * tile + threadIdx.x % 4 * 2 + e);
-        const int slot = number / static_cast<int>(tiling.groups);
-        column = j + (number - slot * static_cast<int>(tiling.groups)) * C::kGroup + output;
+        const int slot = static_cast<int>(tiling.slot_groups.quotient(number));
+        column = j + (number - slot * static_cast<int>(tiling.slot_groups.divisor)) * C::kGroup + output;
         of_image = image + slot;
         pixel = of_image * sizes.out_h * sizes.out_w * sizes.out_channels + i * static_cast<long long>(tiling.y_row) +
                 column * static_cast<long long>(tiling.y_column);
@@ -270,7 +271,7 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
     const int first_channel = static_cast<int>(blockIdx.x - above * tiling.chunks.divisor) * C::kChannels;
     const unsigned part = tiling.column_strips.quotient(above);
     const int first_column =
-        static_cast<int>(above - part * tiling.column_strips.divisor) * static_cast<int>(tiling.groups) * C::kGroup;
+        static_cast<int>(above - part * tiling.column_strips.divisor) * static_cast<int>(tiling.stored_columns.divisor);
     const unsigned position = part * tiling.part_rows;
     const unsigned end_position = min(position + tiling.part_rows, tiling.rows);
 
@@ -283,13 +284,11 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
 
     const SparseTaps<C> taps(tensors, sizes, first_channel);
     const SparseSteps<C> steps(position, end_position, sizes, tiling);
-    steps.write(lines);
     const SparseFetch<C> fetch(tensors.x, sizes, tiling, first_channel, first_column);
     const long long x_row = 2 * sizes.x_row, out_row = 2 * static_cast<long long>(tiling.y_row);
-    __syncthreads();
 #pragma unroll 1
-    for (int k = 0; k < steps.kAhead; ++k)
-        fetch.copy(SparseStep::read(lines + k), x_row, stages + k * stage_bytes, row_bytes);
+    for (int k = 0; k < steps.kAhead; ++k) fetch.copy(steps.copies(k), x_row, stages + k * stage_bytes, row_bytes);
+    steps.write(lines);
     clear_beside<C>(stages, sizes, tiling, first_channel, first_column);
     SparseMarch<C> march(taps, tiling, reinterpret_cast<T*>(results));
     march.begin();
@@ -302,9 +301,8 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
     int stage = 0, free = steps.kAhead * stage_bytes, put = 0;  // stages to read and to fill; results to fill
     unsigned made = 0;                                          // what the step before made, and where it belongs
     long long made_to = 0;
-    const int end = steps.kAhead + steps.count;
 #pragma unroll 1
-    for (int at = steps.kAhead; at != end; ++at) {
+    for (int at = 0; at != steps.count; ++at) {
         wait_for_copies<C::kStages - 2>();
         __syncthreads();  // the rows are there for the products, and the results of the step before for the stores
         const SparseStep now = SparseStep::read(lines + at);
@@ -334,7 +332,7 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
     __syncthreads();
     if (check == 0.0f) return;
 #pragma unroll 1
-    for (int at = steps.kAhead; at != end; ++at)
+    for (int at = 0; at != steps.count; ++at)
         march.repair(tensors, sizes, tiling, SparseStep::read(lines + at), first_column, first_channel);
 }
 

@@ -11,10 +11,11 @@ namespace dwconv {
 
 struct SparseTiling {
     FastDivisor chunks, column_strips, out_rows;
-    unsigned slots, groups;  // images side by side; groups of kGroup outputs of each, side by side
-    unsigned images;
+    FastDivisor unit_steps;  // of a whole image
+    // Pixels of x that a slot copies of a row, and of y that it stores; groups of a slot.
+    FastDivisor copied_columns, stored_columns, slot_groups;
+    unsigned slots, images;    // side by side; all
     unsigned rows, part_rows;  // output rows of all groups of images, one below the other; of a block
-    unsigned columns;          // of x that a slot reads, from the strip's first one on
     unsigned width;            // pixels of shared memory from slot to slot
     // Of shared memory, in bytes: from row to row; all stages, behind which the results lie; from those to the steps.
     unsigned row_bytes, results, table;
@@ -109,10 +110,10 @@ struct SparseSteps {
         group = static_cast<int>(tiling.out_rows.quotient(position));
         first = static_cast<int>(position) - group * height;
         of_first = smaller(rows, height - first);
-        whole = (rows - of_first) / height;
+        whole = static_cast<int>(tiling.out_rows.quotient(rows - of_first));
         rest = rows - of_first - whole * height;
         first_steps = steps(first, first + of_first);
-        whole_steps = steps(0, height);
+        whole_steps = static_cast<int>(tiling.unit_steps.divisor);
         count = first_steps + whole * whole_steps + (rest > 0 ? steps(0, rest) : 0);
     }
 
@@ -122,7 +123,7 @@ struct SparseSteps {
         bool ends;
     };
     __device__ __forceinline__ Place place(int at) const {
-        const int unit = at < first_steps ? 0 : (at - first_steps) / whole_steps + 1;
+        const int unit = at < first_steps ? 0 : static_cast<int>(tiling.unit_steps.quotient(at - first_steps)) + 1;
         const int of_unit = at < first_steps ? at : at - first_steps - (unit - 1) * whole_steps;
         Place found;
         found.out_first = unit == 0 ? first : 0;
@@ -138,34 +139,36 @@ struct SparseSteps {
 
     static constexpr int kAhead = C::kStages - 1;  // steps that rows are copied ahead
 
-    // Line `at`, from -kAhead on: those before 0 compute nothing.
-    __device__ __forceinline__ SparseStep line(int at) const {
+    // The part of a line that says what is copied for step `at`.
+    __device__ __forceinline__ SparseStep copies(int at) const {
         SparseStep line = {};
-        if (at + kAhead < count) {
-            const Place copied = place(at + kAhead);
-            line.from = 2 * (copied.image * sizes.x_image + copied.row * sizes.x_row);
-            for (int d = 0; d < C::kRows; ++d)
-                line.rows |= copied.row + d >= 0 && copied.row + d < sizes.in_h ? 1u << d : 0u;
-        }
-        if (at >= 0) {
-            const Place made = place(at);
-            line.image = made.image;
-            line.row = made.out_row;
-            line.to = 2 * (made.image * sizes.out_h * sizes.out_w * sizes.out_channels +
-                           made.out_row * static_cast<long long>(tiling.y_row));
-            for (int k = 0; k < R::kOutputs; ++k) {
-                const int row = made.out_row + k;
-                line.rows |= row >= made.out_first && row < made.out_end ? 256u << k : 0u;
-            }
-            line.begins = made.ends;
-        }
+        if (at >= count) return line;
+        const Place copied = place(at);
+        line.from = 2 * (copied.image * sizes.x_image + copied.row * sizes.x_row);
+        for (int d = 0; d < C::kRows; ++d)
+            line.rows |= copied.row + d >= 0 && copied.row + d < sizes.in_h ? 1u << d : 0u;
         return line;
     }
 
-    // Lines -kAhead to count - 1.
+    // Line `at`: the rows of step at + kAhead are copied while step `at` is computed.
+    __device__ __forceinline__ SparseStep line(int at) const {
+        SparseStep line = copies(at + kAhead);
+        const Place made = place(at);
+        line.image = made.image;
+        line.row = made.out_row;
+        line.to = 2 * (made.image * sizes.out_h * sizes.out_w * sizes.out_channels +
+                       made.out_row * static_cast<long long>(tiling.y_row));
+        for (int k = 0; k < R::kOutputs; ++k) {
+            const int row = made.out_row + k;
+            line.rows |= row >= made.out_first && row < made.out_end ? 256u << k : 0u;
+        }
+        line.begins = made.ends;
+        return line;
+    }
+
+    // All of them, by all threads.
     __device__ __forceinline__ void write(SparseStep* lines) const {
-        for (int at = static_cast<int>(threadIdx.x); at < count + kAhead; at += C::kThreads)
-            lines[at] = line(at - kAhead);
+        for (int at = static_cast<int>(threadIdx.x); at < count; at += C::kThreads) lines[at] = line(at);
     }
 };
 
@@ -180,17 +183,18 @@ struct SparseFetch {
                                            int first_channel, int first_column) {
         constexpr int kOctets = SparseRows<C>::kOctets;
         const int begin = first_column * C::kStrideW - C::kLead;  // of the slot's pixels, in x
-        const int count = static_cast<int>(tiling.slots * tiling.columns) * kOctets;
+        const int count = static_cast<int>(tiling.slots * tiling.copied_columns.divisor) * kOctets;
 #pragma unroll
         for (int k = 0; k < C::kLoads; ++k) {
             const int number = static_cast<int>(threadIdx.x) + k * C::kThreads;
             const int octet = number % kOctets, pixel = number / kOctets;
-            const int slot = pixel / static_cast<int>(tiling.columns);
-            const int column = pixel - slot * static_cast<int>(tiling.columns);
+            const int slot = static_cast<int>(tiling.copied_columns.quotient(pixel));
+            const int column = pixel - slot * static_cast<int>(tiling.copied_columns.divisor);
             const bool exists = number < count && begin + column >= 0 && begin + column < sizes.in_w &&
                                 first_channel + octet * 8 < sizes.out_channels;
-            const long long at = slot * sizes.x_image + (begin + column) * sizes.x_column + first_channel + octet * 8;
-            from[k] = reinterpret_cast<const unsigned char*>(exists ? x + at : x);
+            // All of a block's images are within 31 bits of each other.
+            const int at = slot * static_cast<int>(sizes.x_image) + (begin + column) * static_cast<int>(sizes.x_column);
+            from[k] = reinterpret_cast<const unsigned char*>(exists ? x + (at + first_channel + octet * 8) : x);
             into[k] = SparseRows<C>::place(slot * static_cast<int>(tiling.width) + column, octet);
             if (!exists) into[k] = -1;
             keep(into[k]);
@@ -219,24 +223,27 @@ __device__ __forceinline__ void clear_beside(unsigned char* stages, const Sizes&
                                              int first_channel, int first_column) {
     using R = SparseRows<C>;
     const int begin = first_column * C::kStrideW - C::kLead, pixels = static_cast<int>(tiling.width);
-    const int slots = static_cast<int>(tiling.slots), row_bytes = static_cast<int>(tiling.row_bytes);
+    const int slots = static_cast<int>(tiling.slots);
     // Pixels `left` to `right` - 1 of a slot are the image's.
-    const int right = smaller(static_cast<int>(tiling.columns), static_cast<int>(sizes.in_w) - begin);
+    const int right = smaller(static_cast<int>(tiling.copied_columns.divisor), static_cast<int>(sizes.in_w) - begin);
     const int left = smaller(larger(-begin, 0), right), beside = pixels - (right - left);
     const int octets = smaller(R::kOctets, (static_cast<int>(sizes.out_channels) - first_channel) / 8);
     const int lane = threadIdx.x % 32;
-    int row = 0, slot = threadIdx.x / 32;
-    for (; row < C::kStages * C::kRows; slot += C::kWarps) {
-        while (slot >= slots) slot -= slots, ++row;
-        if (row >= C::kStages * C::kRows) break;
-        unsigned char* const line = stages + row * row_bytes;
-        for (int at = lane; at < beside * R::kOctets; at += 32) {
-            const int number = at / R::kOctets, pixel = number < left ? number : number + (right - left);
-            *reinterpret_cast<uint4*>(line + R::place(slot * pixels + pixel, at % R::kOctets)) = uint4{0, 0, 0, 0};
+#pragma unroll 1
+    for (int line = threadIdx.x / 32; line < C::kStages * C::kRows * slots; line += C::kWarps) {
+        const int row = line / slots, first = (line - row * slots) * pixels;
+        unsigned char* const at = stages + row * static_cast<int>(tiling.row_bytes);
+#pragma unroll 1
+        for (int number = lane; number < beside * R::kOctets; number += 32) {
+            const int k = number / R::kOctets, pixel = k < left ? k : k + (right - left);
+            *reinterpret_cast<uint4*>(at + R::place(first + pixel, number % R::kOctets)) = uint4{0, 0, 0, 0};
         }
-        for (int pixel = lane; octets < R::kOctets && pixel < pixels; pixel += 32)
-            for (int octet = octets; octet < R::kOctets; ++octet)
-                *reinterpret_cast<uint4*>(line + R::place(slot * pixels + pixel, octet)) = uint4{0, 0, 0, 0};
+        if (octets == R::kOctets) continue;
+#pragma unroll 1
+        for (int number = lane; number < pixels * R::kOctets; number += 32)
+            if (number % R::kOctets >= octets)
+                *reinterpret_cast<uint4*>(at + R::place(first + number / R::kOctets, number % R::kOctets)) =
+                    uint4{0, 0, 0, 0};
     }
 }
 
@@ -251,17 +258,19 @@ struct SparseStores {
     __device__ __forceinline__ SparseStores(T* y, const Sizes& sizes, const SparseTiling& tiling, int first_channel,
                                             int first_column) {
         constexpr int kOctets = SparseRows<C>::kOctets;
-        const int groups = static_cast<int>(tiling.groups), columns = groups * C::kGroup;
+        const int groups = static_cast<int>(tiling.slot_groups.divisor);
+        const int columns = static_cast<int>(tiling.stored_columns.divisor);
+        const int image = static_cast<int>(sizes.out_h * sizes.out_w * sizes.out_channels);
 #pragma unroll
         for (int k = 0; k < C::kStores; ++k) {
             const int number = static_cast<int>(threadIdx.x) + k * C::kThreads;
             const int octet = number % kOctets, pixel = number / kOctets;
-            const int slot = pixel / columns, column = pixel - slot * columns, group = column / C::kGroup;
+            const int slot = static_cast<int>(tiling.stored_columns.quotient(pixel));
+            const int column = pixel - slot * columns, group = column / C::kGroup;
             const bool exists = slot < static_cast<int>(tiling.slots) && first_column + column < sizes.out_w &&
                                 first_channel + octet * 8 < sizes.out_channels;
-            into[k] = reinterpret_cast<unsigned char*>(
-                y + (slot * sizes.out_h * sizes.out_w * sizes.out_channels +
-                     (first_column + column) * static_cast<long long>(tiling.y_column) + first_channel + octet * 8));
+            const int at = slot * image + (first_column + column) * static_cast<int>(tiling.y_column);
+            into[k] = reinterpret_cast<unsigned char*>(exists ? y + (at + first_channel + octet * 8) : y);
             from[k] = exists ? R::place((slot * groups + group) * C::kPitch + column - group * C::kGroup, octet) : -1;
             keep(from[k]);
         }
