@@ -45,21 +45,6 @@ __device__ __forceinline__ void load_matrices(unsigned (&a)[4], const void* memo
         a[m] = *reinterpret_cast<const unsigned*>(static_cast<const unsigned char*>(memory) + row + lane % 4 * 4);
     }
 }
-
-// Four matrices of 8x8 from shared memory, turned: `offset` is that of row lane % 8 of matrix lane / 8, in bytes; the
-// lane gets the elements 2 * (lane % 4) and the next one of column lane / 4 of each matrix.
-__device__ __forceinline__ void load_transposed(unsigned (&a)[4], const void* memory, int offset) {
-    const unsigned lane = threadIdx.x % 32;
-    const unsigned char* bytes = static_cast<const unsigned char*>(memory);
-    for (unsigned m = 0; m < 4; ++m) {
-        a[m] = 0;
-        for (unsigned i = 0; i < 2; ++i) {
-            const int row = __shfl_sync(0xffffffffu, offset, m * 8 + lane % 4 * 2 + i);
-            const unsigned element = *reinterpret_cast<const unsigned short*>(bytes + row + lane / 4 * 2);
-            a[m] |= element << 16 * i;
-        }
-    }
-}
 #else
 template <class T>
 __device__ __forceinline__ void multiply_matrices(float (&c)[4], const unsigned (&a)[4], const uint2& b);
@@ -78,13 +63,6 @@ __device__ __forceinline__ void multiply_matrices<BFloat16>(float (&c)[4], const
 __device__ __forceinline__ void load_matrices(unsigned (&a)[4], const void* memory, int offset) {
     const unsigned row = static_cast<unsigned>(__cvta_generic_to_shared(memory)) + offset;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(row)
-                 : "memory");
-}
-__device__ __forceinline__ void load_transposed(unsigned (&a)[4], const void* memory, int offset) {
-    const unsigned row = static_cast<unsigned>(__cvta_generic_to_shared(memory)) + offset;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                  : "r"(row)
                  : "memory");

@@ -71,8 +71,7 @@ __device__ __forceinline__ void multiply_sparse<BFloat16>(float (&d)[4], const u
 }
 #endif
 
-// A zero that the compiler doesn't know to be one. What is combined with it takes a register of its own, where the
-// product wants it; ptxas would rather copy it again for each product.
+// A zero that the compiler doesn't know to be one.
 __device__ __forceinline__ unsigned unknown_zero() {
     unsigned zero = 0;
 #ifndef DWCONV_EMULATOR
@@ -81,15 +80,22 @@ __device__ __forceinline__ unsigned unknown_zero() {
     return zero;
 }
 
+// The same word in a register of its own, where the product wants it: ptxas would rather copy it again for each
+// product. `number` tells copies of a word apart.
+__device__ __forceinline__ unsigned another(unsigned word, unsigned zero, int number) {
+    return number == 0 ? word ^ zero : number == 1 ? word + zero : number == 2 ? word - zero : word | zero;
+}
+
 // The matrices of a filter. C::kGroup: outputs of a group; C::kLead: pixels of shared memory in front of the input's
 // first one.
 template <class C>
 struct SparseBand {
     static constexpr int kShift = C::kLead - C::kPadLeft;  // s; negative where the padding isn't kept
     static constexpr int kSteps = C::kSteps;               // products that a filter row takes, 16 pixels each
-    // Pixels that taps of a group reach; where the padding isn't kept, all that there are.
+    // Pixels that taps of a group reach: where images are taken as a whole, all of a row; padding isn't kept then.
     static constexpr int kReach =
-        kShift < 0 ? 16 * kSteps : (C::kGroup - 1) * C::kStrideW + kShift + (C::kFilterW - 1) * C::kDilationW + 1;
+        C::kWhole ? C::kColumns : (C::kGroup - 1) * C::kStrideW + kShift + (C::kFilterW - 1) * C::kDilationW + 1;
+    static_assert(kReach <= 16 * kSteps, "a row's products read all pixels that the taps reach");
     // A filter row in shared memory: tap v at kOrigin + v * DW, zeros around; pixel p of output o is at
     // p + kOrigin - SW * o - s.
     static constexpr int kOrigin = larger((C::kGroup - 1) * C::kStrideW + kShift, 0);
@@ -118,7 +124,10 @@ __device__ __forceinline__ uint4 sparse_band(const typename C::Element* rows, in
     const unsigned* at =
         reinterpret_cast<const unsigned*>(rows + first % 2 * B::kCopy + (first - first % 2)) + lane % 4;
     const auto pair = [at, u, step](int channel, int s) {
-        return at[(channel * B::kFilterElements + u * B::kPitch + 16 * step + s) / 2];
+        const unsigned taps = at[(channel * B::kFilterElements + u * B::kPitch + 16 * step + s) / 2];
+        if constexpr (!C::kWhole) return taps;
+        const int beyond = 16 * step + s + static_cast<int>(threadIdx.x % 4 * 2) - B::kReach;  // the image's columns
+        return beyond >= 0 ? 0u : beyond == -1 ? taps & 0xffffu : taps;
     };
     return uint4{pair(0, 0), pair(1, 0), pair(0, 8), pair(1, 8)};
 }

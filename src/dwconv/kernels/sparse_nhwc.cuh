@@ -13,254 +13,9 @@
 //   grid.x = chunks of kChannels channels * strips of columns * parts of all output rows, chunk fastest
 //   least DRAM traffic: x + w + y, once each; rows around a part's ends and columns between strips come from L2
 #pragma once
-#include "sparse_rows.cuh"
+#include "sparse_march.cuh"
 
 namespace dwconv {
-
-// The taps of a warp's channels, all on their way before the first is waited for; each lane has some.
-template <class C>
-struct SparseTaps {
-    using R = SparseRows<C>;
-    using B = SparseBand<C>;
-    using T = typename C::Element;
-    static constexpr int kTaps = C::kFilterH * C::kFilterW, kEach = ceil_div(kTaps, 32), kOwn = 2 * C::kPairs;
-    T taps[kOwn][kEach];
-    float bias[kOwn];
-    ChannelValues<float> values[kOwn];
-
-    __device__ __forceinline__ SparseTaps(const Tensors<T>& tensors, const Sizes& sizes, int first_channel) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-        for (int o = 0; o < kOwn; ++o) {
-            const int of = smaller(first_channel + warp * kOwn + o, static_cast<int>(sizes.out_channels) - 1);
-            const T* filter = tensors.w + static_cast<long long>(of) * kTaps;
-#pragma unroll
-            for (int k = 0; k < kEach; ++k) taps[o][k] = load_one(filter + smaller(32 * k + lane, kTaps - 1));
-            bias[o] = C::kHasBias ? static_cast<float>(load_one(tensors.b + of)) : 0.0f;
-            values[o] = channel_values<C>(tensors, of);
-        }
-    }
-
-    // Spreads them over the warp's part of shared memory.
-    __device__ __forceinline__ void spread(T* rows) const {
-        const int lane = threadIdx.x % 32;
-        for (int at = lane; at < kOwn * B::kFilterElements / 8; at += 32)
-            reinterpret_cast<uint4*>(rows)[at] = uint4{0, 0, 0, 0};
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < kEach; ++k) {
-            const int tap = 32 * k + lane, u = R::tap_row(tap), v = R::tap_column(tap);
-#pragma unroll
-            for (int o = 0; o < kOwn; ++o)
-                if (tap < kTaps) spread_tap<C>(rows + o * B::kFilterElements, u, v, taps[o][k]);
-        }
-        __syncwarp();
-    }
-};
-
-// What a warp keeps of its channels for the whole march, and the sums of the rows in the making.
-template <class C>
-struct SparseMarch {
-    using R = SparseRows<C>;
-    using B = SparseBand<C>;
-    using T = typename C::Element;
-    static constexpr int kOwn = 2 * C::kPairs;
-    int channel;                // of the chunk, the warp's first one
-    int offsets[C::kTiles][2];  // of this lane's first pixel of each tile, and of the fourth one after it, in bytes
-    int into[2];                // of this lane's outputs in the results' first tile, in bytes
-    unsigned zero;
-    float bias[kOwn];
-    ChannelValues<float> values[kOwn];
-    uint4 bands[C::kPairs][C::kFilterH][B::kSteps];
-    float sums[C::kPairs][C::kTiles][R::kLive][4];  // [channel of the pair][neighbouring groups]
-    float check[2] = {0, 0};                        // NaN as soon as a sum was not finite
-
-    // `filters`: shared memory for the filters of all warps.
-    __device__ __forceinline__ SparseMarch(const SparseTaps<C>& taps, const SparseTiling& tiling, T* filters) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        channel = warp * kOwn;
-        zero = unknown_zero();
-        const int groups = static_cast<int>(tiling.slot_groups.divisor);
-        const int last = groups * static_cast<int>(tiling.slots) - 1;
-#pragma unroll
-        for (int tile = 0; tile < C::kTiles; ++tile) {
-            const int group = smaller(R::group_of(8 * tile + lane / 4), last);  // beyond: the last one again
-            const int slot = static_cast<int>(tiling.slot_groups.quotient(group));
-            const int pixel =
-                slot * static_cast<int>(tiling.width) + (group - slot * groups) * (C::kGroup * C::kStrideW) + lane % 4;
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-                offsets[tile][odd] = R::place(pixel + 4 * odd, channel / 8) + channel % 8 * 2;
-                keep(offsets[tile][odd]);
-            }
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            into[e] = R::place(R::group_of(lane % 4 * 2 + e) * C::kPitch + lane / 4, channel / 8) + channel % 8 * 2;
-            keep(into[e]);
-        }
-        T* const rows = filters + channel * B::kFilterElements;
-        taps.spread(rows);
-#pragma unroll
-        for (int o = 0; o < kOwn; ++o) {
-            bias[o] = taps.bias[o];
-            values[o] = taps.values[o];
-        }
-#pragma unroll
-        for (int p = 0; p < C::kPairs; ++p)
-#pragma unroll
-            for (int u = 0; u < C::kFilterH; ++u)
-#pragma unroll
-                for (int step = 0; step < B::kSteps; ++step)
-                    bands[p][u][step] = sparse_band<C>(rows + 2 * p * B::kFilterElements, u, step);
-    }
-
-    // After a unit's last step. Rare, so it shall not become a selection for every register.
-    __device__ __forceinline__ void begin() {
-#ifndef DWCONV_EMULATOR
-        asm volatile("" ::: "memory");
-#endif
-#pragma unroll
-        for (int p = 0; p < C::kPairs; ++p)
-#pragma unroll
-            for (int tile = 0; tile < C::kTiles; ++tile)
-#pragma unroll
-                for (int k = 0; k < R::kLive; ++k)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sums[p][tile][k][e] = bias[2 * p + e / 2];
-    }
-
-    // What the warp reads of an input row: words of a pair of channels, of the lane's four pixels for each product.
-    using Pixels = unsigned[C::kTiles][B::kSteps][C::kPairs][4];
-    __device__ __forceinline__ void load(Pixels& pixels, const unsigned char* row) const {
-#pragma unroll
-        for (int tile = 0; tile < C::kTiles; ++tile)
-#pragma unroll
-            for (int step = 0; step < B::kSteps; ++step)
-#pragma unroll
-                for (int s = 0; s < 4; ++s) {
-                    // Where no tap of a group reaches, A has zeros, and any pixel will do.
-                    const bool is_read = 16 * step + 4 * s < B::kReach;
-                    const int of = is_read ? s : s - 1;
-                    const auto loaded = *reinterpret_cast<const typename Word<4 * C::kPairs>::Type*>(
-                        row + (offsets[tile][of % 2] + (16 * step + of / 2 * 8) * R::kPixel));
-#pragma unroll
-                    for (int p = 0; p < C::kPairs; ++p) {
-                        const unsigned word = reinterpret_cast<const unsigned*>(&loaded)[p];
-                        pixels[tile][step][p][s] = is_read ? word ^ zero : word + zero;
-                    }
-                }
-    }
-
-    // Adds an input row to the output rows that read it: filter rows phase, phase + kStrideH, ...; the phase, known
-    // when this is compiled, is (row + kPadTop) mod kStrideH. sums[..][0] is the lowest output row. At phase 0 a new
-    // one begins, and every sum takes the place of the one above: as the product writes it there, that costs nothing.
-    __device__ __forceinline__ void add(int phase, const Pixels& pixels) {
-#pragma unroll
-        for (int k = R::kLive - 1; k >= 0; --k)
-#pragma unroll
-            for (int p = 0; p < C::kPairs; ++p)
-#pragma unroll
-                for (int tile = 0; tile < C::kTiles; ++tile) {
-                    const int u = phase + k * C::kStrideH;
-                    if (u >= C::kFilterH) continue;
-                    auto& own = sums[p][tile];
-                    float begun[4] = {bias[2 * p], bias[2 * p], bias[2 * p + 1], bias[2 * p + 1]};
-                    multiply_sparse<T>(own[k], bands[p][u][0], pixels[tile][0][p],
-                                       phase > 0 ? own[k]
-                                       : k > 0   ? own[larger(k - 1, 0)]
-                                                 : begun);
-#pragma unroll
-                    for (int step = 1; step < B::kSteps; ++step)
-                        multiply_sparse<T>(own[k], bands[p][u][step], pixels[tile][step][p], own[k]);
-                }
-    }
-
-    // Puts the k-th output row that a step completes into the results; also one that doesn't exist, as that costs less
-    // than a branch. `j` and `of` are the strip's first column and the chunk's first channel.
-    __device__ __forceinline__ void put(const Tensors<T>& tensors, const Sizes& sizes, const SparseTiling& tiling,
-                                        const SparseStep& step, int k, int j, int of, unsigned char* row) {
-        constexpr int kTop = R::kLive - 1;
-        if (C::kHasResidual && !(step.rows & 256u << k)) return;
-#pragma unroll
-        for (int tile = 0; tile < C::kTiles; ++tile)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const auto residual = residual_of(tensors, sizes, tiling, step.image, step.row + k, j, of, tile, e);
-                float out[kOwn];
-#pragma unroll
-                for (int o = 0; o < kOwn; ++o) {
-                    const float sum = sums[o / 2][tile][kTop][o % 2 * 2 + e];
-                    check[e] = fmaf(sum, 0.0f, check[e]);
-                    out[o] = finished<C>(sum, values[o], residual.element[o]);
-                }
-                *reinterpret_cast<Vector<T, kOwn>*>(row + (into[e] + 8 * tile * C::kPitch * R::kPixel)) =
-                    rounded<T, kOwn>(out);
-            }
-    }
-
-    // Whether one of the lane's outputs exists, that of a tile's group e; its column, its image and its pixel in y.
-    __device__ __forceinline__ bool find(const Sizes& sizes, const SparseTiling& tiling, int image, int i, int j,
-                                         int tile, int e, int& column, long long& of_image, long long& pixel) const {
-        const int output = threadIdx.x % 32 / 4, number = R::group_of(8 * tile + threadIdx.x % 4 * 2 + e);
-        const int slot = static_cast<int>(tiling.slot_groups.quotient(number));
-        column = j + (number - slot * static_cast<int>(tiling.slot_groups.divisor)) * C::kGroup + output;
-        of_image = image + slot;
-        pixel = of_image * sizes.out_h * sizes.out_w * sizes.out_channels + i * static_cast<long long>(tiling.y_row) +
-                column * static_cast<long long>(tiling.y_column);
-        return output < C::kGroup && slot < static_cast<int>(tiling.slots) && column < sizes.out_w;
-    }
-
-    __device__ __forceinline__ Vector<T, kOwn> residual_of(const Tensors<T>& tensors, const Sizes& sizes,
-                                                           const SparseTiling& tiling, int image, int i, int j, int of,
-                                                           int tile, int e) const {
-        Vector<T, kOwn> residual = {};
-        if constexpr (C::kHasResidual) {
-            int column;
-            long long of_image, pixel;
-            if (find(sizes, tiling, image, i, j, tile, e, column, of_image, pixel) && of + channel < sizes.out_channels)
-                residual = load_vector<kOwn>(tensors.residual + pixel + (of + channel));
-        }
-        return residual;
-    }
-
-    // Computes those of the lane's outputs of a step again, product by product, that are NaN in y: zeros of A times an
-    // Inf or NaN are NaN where the filter doesn't reach, too.
-    __device__ __forceinline__ void repair(const Tensors<T>& tensors, const Sizes& sizes, const SparseTiling& tiling,
-                                           const SparseStep& step, int j, int of) const {
-#pragma unroll 1
-        for (int number = 0; number < R::kOutputs * C::kTiles * 2 * kOwn; ++number) {
-            const int k = number / (C::kTiles * 2 * kOwn), group = number / kOwn % (C::kTiles * 2);
-            const int own = of + channel + number % kOwn;
-            int column;
-            long long of_image, pixel;
-            if (!(step.rows & 256u << k) || own >= sizes.out_channels ||
-                !find(sizes, tiling, step.image, step.row + k, j, group / 2, group % 2, column, of_image, pixel))
-                continue;
-            const float made = static_cast<float>(tensors.y[pixel + own]);
-            if (made == made) continue;
-            tensors.y[pixel + own] = exact(tensors, sizes, of_image, step.row + k, column, pixel, own);
-        }
-    }
-
-    __device__ __forceinline__ T exact(const Tensors<T>& tensors, const Sizes& sizes, long long image, int i,
-                                       int column, long long pixel, int own) const {
-        const T* filter = tensors.w + static_cast<long long>(own) * (C::kFilterH * C::kFilterW);
-        const T* x = tensors.x + image * sizes.x_image + own;
-        float sum = C::kHasBias ? static_cast<float>(load_one(tensors.b + own)) : 0.0f;
-#pragma unroll 1
-        for (int tap = 0; tap < C::kFilterH * C::kFilterW; ++tap) {
-            const int row = i * C::kStrideH - C::kPadTop + R::tap_row(tap);
-            const int at = column * C::kStrideW - C::kPadLeft + R::tap_column(tap) * C::kDilationW;
-            if (row >= 0 && row < sizes.in_h && at >= 0 && at < sizes.in_w)
-                sum += static_cast<float>(load_one(filter + tap)) *
-                       static_cast<float>(load_one(x + row * sizes.x_row + at * sizes.x_column));
-        }
-        T added = {};
-        if constexpr (C::kHasResidual) added = load_one(tensors.residual + pixel + own);
-        return static_cast<T>(finished<C>(sum, channel_values<C>(tensors, own), added));
-    }
-};
 
 template <class C>
 __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
@@ -313,18 +68,28 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
         store(made, made_to, results + (kStepResults - put));
 #pragma unroll
         for (int d = 0; d < C::kRows; ++d) {
-            march.add(d % C::kStrideH, pixels);
-            if (d + 1 < C::kRows) march.load(pixels, stages + (stage + (d + 1) * row_bytes));
-            const int k = (d - R::kFirst) / C::kStrideH;
-            if (d % C::kStrideH == R::kFirst)
+            const auto finish = [&](int k) {
                 march.put(tensors, sizes, tiling, now, k, first_column, first_channel,
                           results + (put + k * R::kResults));
+            };
+            if constexpr (C::kWhole)
+                march.add_whole(d, pixels);
+            else
+                march.add(d % C::kStrideH, pixels);
+            if (d + 1 < C::kRows) march.load(pixels, stages + (stage + (d + 1) * row_bytes));
+            if constexpr (C::kWhole) {
+#pragma unroll
+                for (int k = 0; k < R::kOutputs; ++k)
+                    if (d == R::completing(k)) finish(k);
+            } else if (d % C::kStrideH == R::kFirst) {
+                finish((d - R::kFirst) / C::kStrideH);
+            }
         }
         stage = stage + stage_bytes == static_cast<int>(tiling.results) ? 0 : stage + stage_bytes;
         put = kStepResults - put;
         made = now.rows;
         made_to = now.to;
-        if (now.begins) march.begin();
+        if (!C::kWhole && now.begins) march.begin();
     }
     __syncthreads();
     store(made, made_to, results + (kStepResults - put));
@@ -353,6 +118,9 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
 #define DWCONV_APART 4
 #define DWCONV_PITCH 10
 #define DWCONV_CACHED 1
+#define DWCONV_WHOLE 0
+#define DWCONV_OUT_ROWS 0
+#define DWCONV_COLUMNS 0
 #define DWCONV_STEPS 1
 #define DWCONV_LEAD 1
 #define DWCONV_STAGES 4
@@ -370,7 +138,8 @@ struct Config : ProblemConfig {
     static constexpr int kSteps = DWCONV_STEPS, kLead = DWCONV_LEAD;
     static constexpr int kStages = DWCONV_STAGES, kRows = DWCONV_ROWS;
     static constexpr int kLoads = DWCONV_LOADS, kStores = DWCONV_STORES;
-    static constexpr bool kTurned = DWCONV_TURNED;
+    static constexpr bool kTurned = DWCONV_TURNED, kWhole = DWCONV_WHOLE;
+    static constexpr int kOutRows = DWCONV_OUT_ROWS, kColumns = DWCONV_COLUMNS;  // of an image that is taken as a whole
 };
 
 using Tiling = dwconv::SparseTiling;

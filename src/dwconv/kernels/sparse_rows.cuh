@@ -42,9 +42,17 @@ struct SparseRows {
         const int low = number / 2 % C::kApart;
         return number / (2 * C::kApart) * (2 * C::kApart) + number % 2 * C::kApart + low;
     }
-    static constexpr int kLive = ceil_div(C::kFilterH, C::kStrideH);  // output rows that one input row adds to
-    static constexpr int kOutputs = C::kRows / C::kStrideH;           // output rows that a step completes
-    static constexpr int kFirst = (C::kFilterH - 1) % C::kStrideH;    // its row that completes the first of them
+    // Output rows that a step completes, and that are in the making; the row that completes the first of them; how far
+    // that one lies above the output row that begins with the step. kWhole: a step takes images as a whole.
+    static constexpr int kOutputs = C::kWhole ? C::kOutRows : C::kRows / C::kStrideH;
+    static constexpr int kLive = C::kWhole ? kOutputs : ceil_div(C::kFilterH, C::kStrideH);
+    static constexpr int kFirst = (C::kFilterH - 1) % C::kStrideH;
+    static constexpr int kBehind = C::kWhole ? 0 : (C::kFilterH - 1 - kFirst) / C::kStrideH;
+    static constexpr int kAbove = C::kWhole ? 0 : C::kPadTop;  // rows of zeros above an image
+    // The row that completes output row k of images that are taken as a whole.
+    __host__ __device__ static constexpr int completing(int k) {
+        return smaller(k * C::kStrideH - C::kPadTop + C::kFilterH, C::kRows) - 1;
+    }
     // Of a tap in memory: its filter row and column. Turned, rows of x and of the filter are columns in memory.
     __device__ __forceinline__ static int tap_row(int tap) {
         return C::kTurned ? tap % C::kFilterH : tap / C::kFilterW;
@@ -52,8 +60,9 @@ struct SparseRows {
     __device__ __forceinline__ static int tap_column(int tap) {
         return C::kTurned ? tap / C::kFilterH : tap % C::kFilterW;
     }
-    static_assert(C::kRows % C::kStrideH == 0, "a step begins with the row that a new output row begins with");
-    static_assert(C::kRows <= 8, "a step's rows are bits of a byte");
+    static_assert(C::kWhole || C::kRows % C::kStrideH == 0,
+                  "a step begins with a row that a new output row begins with");
+    static_assert(C::kRows <= 8 && kOutputs <= 8, "a step's rows are bits of a byte");
     static_assert(C::kChannels % 8 == 0, "a block has whole vectors of channels");
     static_assert(C::kPadTop < C::kFilterH, "every output row must read a step's row");
     static_assert(C::kDilationH == 1, "a step moves the sums on by one row");
@@ -95,10 +104,11 @@ struct SparseSteps {
 
     // Steps that lie above the image as a whole are left out: they add nothing to sums that hold the bias.
     __device__ __forceinline__ static int above(int out_first) {
-        return larger(0, C::kPadTop - out_first * C::kStrideH) / C::kRows;
+        return larger(0, R::kAbove - out_first * C::kStrideH) / C::kRows;
     }
     // Of a unit that makes these output rows.
     __device__ __forceinline__ static int steps(int out_first, int out_end) {
+        if (C::kWhole) return 1;
         return ((out_end - 1 - out_first) * C::kStrideH + C::kFilterH - 1) / C::kRows + 1 - above(out_first);
     }
 
@@ -131,8 +141,8 @@ struct SparseSteps {
         found.image =
             smaller((group + unit) * static_cast<int>(tiling.slots), static_cast<int>(tiling.images - tiling.slots));
         const int before = above(found.out_first) + of_unit;
-        found.row = found.out_first * C::kStrideH - C::kPadTop + before * C::kRows;
-        found.out_row = found.out_first + before * R::kOutputs - (C::kFilterH - 1 - R::kFirst) / C::kStrideH;
+        found.row = found.out_first * C::kStrideH - R::kAbove + before * C::kRows;
+        found.out_row = found.out_first + before * R::kOutputs - R::kBehind;
         found.ends = of_unit + 1 == steps(found.out_first, found.out_end);
         return found;
     }

@@ -6,7 +6,6 @@ from .base import Variant
 from .direct_nchw import DirectNchw
 from .direct_nhwc import DirectNhwc
 from .matrix_nchw import MatrixNchw
-from .matrix_nhwc import MatrixNhwc
 from .one_per_thread import OnePerThread
 from .sparse_nhwc import SparseNhwc
 from .staged_nchw import StagedNchw
@@ -25,7 +24,6 @@ REGISTRY: dict[str, Variant] = {
         MatrixNchw(),
         DirectNhwc(),
         WideNhwc(),
-        MatrixNhwc(),
         SparseNhwc(),
         VolumeNcdhw(),
         VolumeNdhwc(),

@@ -1,4 +1,4 @@
-"""matrix_nhwc at its own edges: parts that begin within images, strips, several images side by side, every tile."""
+"""sparse_nhwc at its own edges: parts that begin within images, strips, several images side by side, every tile."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem, Epilogue
-from dwconv.variants.matrix_nhwc import MatrixNhwc, Tile, cut, steps_of, turned
+from dwconv.variants.sparse_nhwc import SparseNhwc
+from dwconv.variants.sparse_rows import (
+    Tile,
+    cut,
+    group_of,
+    grouping_of,
+    most_registers,
+    registers,
+    steps_of,
+    turned,
+)
 from problems import problem_id
 
-VARIANT = MatrixNhwc()
+VARIANT = SparseNhwc()
 
 
 def same(*taps: int) -> tuple[tuple[int, int], ...]:
@@ -45,6 +55,10 @@ PROBLEMS = [
     P(2, 16, (14, 20), (5, 5), stride=(2, 2), padding=same(5, 5)),
     P(2, 8, (11, 13), (4, 3), stride=(3, 2), padding=((1, 2), (0, 1)), dtype="bfloat16", epilogue=FULL),
     P(1, 16, (9, 9), (3, 3), stride=(1, 2), padding=((0, 0), (1, 1))),
+    # images as a whole
+    P(19, 32, (7, 7), (13, 13), padding=same(13, 13), bias=True, epilogue=FULL),
+    P(9, 64, (7, 5), (5, 5), stride=(2, 1), padding=same(5, 5), dtype="bfloat16"),
+    P(17, 16, (8, 8), (4, 4), padding=((2, 1), (1, 2)), bias=True),
     # images of a few elements; padding of several rows
     P(20, 8, (1, 1), (3, 3), padding=same(3, 3)),
     P(2, 8, (3, 2), (5, 5), padding=((4, 4), (4, 4))),
@@ -91,7 +105,8 @@ def test_results_are_within_rounding_in_any_order_of_threads(plan: Plan) -> None
 def test_no_kernel_spills() -> None:
     archs = [device for device in PRESETS.values() if device.sm >= 80]
     shapes = [*PROBLEMS, *(P(8, 96, (56, 56), (k, k), padding=same(k, k), bias=True) for k in (3, 5, 7))]
-    shapes.append(P(8, 192, (28, 28), (7, 7), padding=same(7, 7), bias=True))
+    shapes += [P(8, 192, (28, 28), (7, 7), padding=same(7, 7), bias=True, epilogue=FULL)]
+    shapes += [P(64, 96, (7, 7), (k, k), padding=same(k, k)) for k in (5, 7)]
     made = []
     for i, problem in enumerate(shapes):
         device = archs[i % len(archs)]
@@ -100,6 +115,21 @@ def test_no_kernel_spills() -> None:
     for plan, kernel in zip(made, compile_many(made), strict=True):
         resources = kernel.resources
         assert resources.spill_bytes == resources.stack_bytes == 0, f"{plan.problem}, {plan.tile}: {resources}"
+
+
+def test_blocks_share_a_multiprocessor_only_where_their_registers_fit() -> None:
+    for problem in PROBLEMS:
+        for plan in VARIANT.every_plan(problem, H200):
+            constants = dict(plan.constants)
+            blocks, warps = int(constants["MIN_BLOCKS"]), int(constants["WARPS"])
+            assert blocks * -(-warps // 4) * 4 * 32 * 24 <= 65536
+            assert blocks * (plan.shared_bytes + 1024) <= H200.shared_bytes or blocks == 1
+
+
+def test_groups_are_all_there() -> None:
+    """The groups that columns of a product belong to are a permutation."""
+    for between in (1, 2, 4):
+        assert sorted(group_of(n, between) for n in range(16)) == list(range(16))
 
 
 def test_steps_are_counted_as_the_kernel_counts_them() -> None:
@@ -113,7 +143,7 @@ def test_steps_are_counted_as_the_kernel_counts_them() -> None:
     for problem in PROBLEMS:
         height = problem.out_size[0]
         for tile in VARIANT.tiles(problem):
-            if tile.turned:
+            if tile.turned or tile.whole:
                 continue
             for part_rows in (1, 2, 3, height, height + 1, 3 * height + 2):
                 for first in range(height):
@@ -138,22 +168,40 @@ def test_blocks_fit_every_device() -> None:
 def test_all_rows_are_shared_out() -> None:
     for problem in (*PROBLEMS, P(128, 192, (28, 28), (7, 7), padding=same(7, 7))):
         for tile in VARIANT.tiles(problem):
-            one = cut(turned(problem) if tile.turned else problem, H200, tile)
+            seen = turned(problem) if tile.turned else problem
+            if (grouping := grouping_of(seen, tile)) is None or (max(seen.out_size[0], 8) > 8 and tile.whole):
+                continue
+            one = cut(seen, H200, tile, grouping)
             assert (one.parts - 1) * one.part_rows < one.rows <= one.parts * one.part_rows
 
 
 @pytest.mark.parametrize(
-    ("problem", "device", "reason"),
+    ("problem", "tile", "device", "reason"),
     [
-        (P(1, 8, (32, 32), (13, 13), padding=same(13, 13)), "sm_90", "bands don't fit in registers"),
-        (P(1, 8, (32, 32), (3, 3), padding=same(3, 3)), "sm_75", "no tensor cores"),
-        (P(1, 12, (32, 32), (3, 3), padding=same(3, 3)), "sm_90", "whole vectors of eight channels"),
-        (P(1, 8, (32, 32), (3, 3), padding=same(3, 3), multiplier=2), "sm_90", "several filters"),
-        (P(1, 8, (32, 32), (3, 3), padding=((2, 2), (2, 2)), dilation=(2, 2)), "sm_90", "must be neighbours"),
-        (P(1, 8, (32, 32), (3, 3), padding=((3, 3), (1, 1))), "sm_90", "in the padding as a whole"),
+        (P(1, 32, (32, 32), (15, 15), padding=same(15, 15)), Tile(), "sm_90", "registers"),
+        (P(1, 8, (32, 300), (1, 80), padding=same(1, 80)), Tile(), "sm_90", "more than 64 pixels"),
+        (P(1, 8, (32, 32), (3, 3), padding=same(3, 3)), Tile(), "sm_75", "no tensor cores"),
+        (P(1, 12, (32, 32), (3, 3), padding=same(3, 3)), Tile(), "sm_90", "whole vectors of eight channels"),
+        (P(1, 8, (32, 32), (3, 3), padding=same(3, 3), multiplier=2), Tile(), "sm_90", "several filters"),
+        (P(1, 8, (32, 32), (3, 3), padding=((2, 2), (2, 2)), dilation=(2, 2)), Tile(), "sm_90", "must be neighbours"),
+        (P(1, 8, (32, 32), (3, 3), padding=((3, 3), (1, 1))), Tile(), "sm_90", "in the padding as a whole"),
+        (P(1, 8, (32, 32), (3, 3), padding=same(3, 3)), Tile(rows=32, whole=True), "sm_90", "too large"),
+        (P(1, 8, (32, 32), (3, 3), padding=same(3, 3), stride=(2, 2)), Tile(), "sm_90", "end with an output row"),
+        (P(1, 64, (8, 8000), (3, 3), padding=same(3, 3)), Tile(16, 4, 2, 8, 8), "sm_90", "registers"),
     ],
 )
-def test_rejections_say_why(problem: DepthwiseProblem, device: str, reason: str) -> None:
-    plan = VARIANT.plan(problem, PRESETS[device], Tile())
+def test_rejections_say_why(problem: DepthwiseProblem, tile: Tile, device: str, reason: str) -> None:
+    plan = VARIANT.plan(problem, PRESETS[device], tile)
     assert isinstance(plan, Rejection)
     assert reason in plan.reason
+
+
+def test_what_others_compute_faster_is_left_to_them() -> None:
+    for problem in (P(1, 8, (32, 32), (2, 2)), P(1, 8, (32, 32), (3, 3), stride=(2, 2))):
+        assert not [plan for plan in VARIANT.candidates(problem, H200) if isinstance(plan, Plan)]
+        assert VARIANT.every_plan(problem, H200)
+
+
+def test_registers_are_what_a_multiprocessor_gives_out() -> None:
+    assert [most_registers(Tile(warps)) for warps in (4, 8, 9, 12, 16)] == [255, 255, 168, 168, 128]
+    assert registers(P(1, 8, (32, 32), (5, 5)), Tile(8, 2), 1) == 4 * 2 * (5 + 1) + 4 * 2 * 5 + 38
