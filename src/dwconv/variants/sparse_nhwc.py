@@ -114,7 +114,7 @@ class SparseNhwc(Variant):
         out_image = math.prod(problem.out_size) * problem.channels
         if grouping.slots * max(image, out_image) + one.columns * column >= 2**31:
             return rejected("images of a block are too far apart for 32-bit offsets")
-        if steps_of(problem, tile, one.part_rows) + tile.stages + 1 > MOST_STEPS:
+        if steps_of(problem, tile, one.part_rows, one.rows) + tile.stages + 1 > MOST_STEPS:
             return rejected(f"a block can't number more than {MOST_STEPS} steps")
         if one.rows + one.part_rows >= 2**31 or one.chunks * grouping.strips * one.parts > GRID_X_LIMIT:
             return rejected("there are too many rows to number them in 31 bits")
@@ -197,10 +197,12 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     loads = divided(min(reach, 16 * grouping.steps), 4)
     products = problem.filter[0] * grouping.steps / problem.stride[0]
     row = 8 + one.blocks * tile.warps * tile.tiles * (5 * loads + tile.pairs * (4.1 + 0.2 * products))
-    march = waves * steps_of(problem, tile, one.part_rows) * (150 + tile.rows * row) / device.clock
+    march = waves * steps_of(problem, tile, one.part_rows, one.rows) * (150 + tile.rows * row) / device.clock
+    if 1 < problem.out_size[0] <= 8:
+        march *= 1.3  # what comes before and after an image weighs more
     filled = problem.channels / (one.chunks * tile.channels)
     lines = 0.98 if tile.channels % 64 == 0 else 0.86 if tile.channels % 32 == 0 else 0.78
     lines *= filled**0.2 if not strided else 1.2 if filled == 1 else 0.7
     again = read_again(problem, one.part_rows)
     dram = (roofline(problem, device).copy - LAUNCH_SECONDS) / lines * (1 + 0.2 * again)
-    return 7.2e-6 + math.pow(dram**1.4 + march**1.4, 1 / 1.4)
+    return 7.4e-6 + math.pow(dram**1.4 + march**1.4, 1 / 1.4)

@@ -246,8 +246,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Grouping
     )
 
 
-def steps_of(problem: DepthwiseProblem, tile: Tile, part_rows: int) -> int:
-    """Steps of a block that makes so many output rows, at most."""
+def steps_of(problem: DepthwiseProblem, tile: Tile, part_rows: int, rows: int | None = None) -> int:
+    """Steps of a block that makes so many output rows, at most; `rows`: of all images, one below the other."""
     if tile.whole:
         return part_rows // problem.out_size[0]
     height, stride, taps = problem.out_size[0], problem.stride[0], problem.filter[0]
@@ -257,7 +257,9 @@ def steps_of(problem: DepthwiseProblem, tile: Tile, part_rows: int) -> int:
 
     whole, rest = divmod(part_rows, height)
     steps = whole * of_unit(height, problem.padding[0][0])
-    if part_rows % height and part_rows > 1:  # a block may begin within an image, and end within the next one
+    if (
+        part_rows % height and part_rows > 1 and rows != height
+    ):  # a block may begin within an image, and end within the next one
         steps += divided(taps - 1, tile.rows) + (rest > 0)
     return steps + (of_unit(rest, 0) if rest else 0)
 
@@ -274,8 +276,8 @@ def share_of(problem: DepthwiseProblem, places: int, tile: Tile, columns: int, r
 
     def cost(part_rows: int) -> tuple[bool, float, int]:
         waves = divided(columns * divided(rows, part_rows), places)
-        steps = steps_of(problem, tile, part_rows)
-        slower = 1 + 0.1 * read_again(problem, part_rows)
+        steps = steps_of(problem, tile, part_rows, rows)
+        slower = 1 + 0.06 * read_again(problem, part_rows)
         return steps + tile.stages + 1 > MOST_STEPS, waves * (steps + 6) * slower, -part_rows
 
     most = max(1, divided(3 * places, columns))
