@@ -48,11 +48,6 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
     SparseMarch<C> march(taps, tiling, reinterpret_cast<T*>(results));
     march.begin();
     const SparseStores<C> stores(tensors.y, sizes, tiling, first_channel, first_column);
-    const auto store = [&](unsigned exist, long long first, const unsigned char* from) {
-#pragma unroll
-        for (int k = 0; k < R::kOutputs; ++k)
-            if (exist & 256u << k) stores.store(from + k * R::kResults, first + k * out_row);
-    };
     int stage = 0, free = steps.kAhead * stage_bytes, put = 0;  // stages to read and to fill; results to fill
     unsigned made = 0;                                          // what the step before made, and where it belongs
     long long made_to = 0;
@@ -65,9 +60,15 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
         march.load(pixels, stages + stage);
         fetch.copy(now, x_row, stages + free, row_bytes);
         free = stage;
-        store(made, made_to, results + (kStepResults - put));
 #pragma unroll
         for (int d = 0; d < C::kRows; ++d) {
+            // The rows of the step before that are stored beside this row's products.
+            constexpr int kEach = ceil_div(R::kOutputs, C::kRows);
+            typename SparseStores<C>::Words words[kEach];
+#pragma unroll
+            for (int k = 0; k < kEach; ++k)
+                if (d * kEach + k < R::kOutputs)
+                    stores.read(words[k], results + (kStepResults - put + (d * kEach + k) * R::kResults));
             const auto finish = [&](int k) {
                 march.put(tensors, sizes, tiling, now, k, first_column, first_channel,
                           results + (put + k * R::kResults));
@@ -76,6 +77,10 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
                 march.add_whole(d, pixels);
             else
                 march.add(d % C::kStrideH, pixels);
+#pragma unroll
+            for (int k = 0; k < kEach; ++k)
+                if (d * kEach + k < R::kOutputs)
+                    stores.store(words[k], made_to + (d * kEach + k) * out_row, made & 256u << (d * kEach + k));
             if (d + 1 < C::kRows) march.load(pixels, stages + (stage + (d + 1) * row_bytes));
             if constexpr (C::kWhole) {
 #pragma unroll
@@ -92,7 +97,12 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
         if (!C::kWhole && now.begins) march.begin();
     }
     __syncthreads();
-    store(made, made_to, results + (kStepResults - put));
+#pragma unroll
+    for (int k = 0; k < R::kOutputs; ++k) {
+        typename SparseStores<C>::Words words;
+        stores.read(words, results + (kStepResults - put + k * R::kResults));
+        stores.store(words, made_to + k * out_row, made & 256u << k);
+    }
     const float check = march.check[0] + march.check[1];
     __syncthreads();
     if (check == 0.0f) return;

@@ -263,7 +263,8 @@ struct SparseStores {
     using R = SparseRows<C>;
     using T = typename C::Element;
     unsigned char* into[C::kStores];  // in row 0 of image 0
-    int from[C::kStores];             // in bytes of a row of the results; negative: nothing
+    int from[C::kStores];             // in bytes of a row of the results
+    bool exists[C::kStores];
 
     __device__ __forceinline__ SparseStores(T* y, const Sizes& sizes, const SparseTiling& tiling, int first_channel,
                                             int first_column) {
@@ -277,21 +278,26 @@ struct SparseStores {
             const int octet = number % kOctets, pixel = number / kOctets;
             const int slot = static_cast<int>(tiling.stored_columns.quotient(pixel));
             const int column = pixel - slot * columns, group = column / C::kGroup;
-            const bool exists = slot < static_cast<int>(tiling.slots) && first_column + column < sizes.out_w &&
-                                first_channel + octet * 8 < sizes.out_channels;
+            exists[k] = slot < static_cast<int>(tiling.slots) && first_column + column < sizes.out_w &&
+                        first_channel + octet * 8 < sizes.out_channels;
             const int at = slot * image + (first_column + column) * static_cast<int>(tiling.y_column);
-            into[k] = reinterpret_cast<unsigned char*>(exists ? y + (at + first_channel + octet * 8) : y);
-            from[k] = exists ? R::place((slot * groups + group) * C::kPitch + column - group * C::kGroup, octet) : -1;
+            into[k] = reinterpret_cast<unsigned char*>(exists[k] ? y + (at + first_channel + octet * 8) : y);
+            from[k] = exists[k] ? R::place((slot * groups + group) * C::kPitch + column - group * C::kGroup, octet) : 0;
             keep(from[k]);
         }
     }
 
-    // Stores a row of results; `to`: of the row, in bytes.
-    __device__ __forceinline__ void store(const unsigned char* results, long long to) const {
+    // A row of results is read first and stored later, so that what is between hides the reading.
+    using Words = uint4[C::kStores];
+    __device__ __forceinline__ void read(Words& words, const unsigned char* results) const {
+#pragma unroll
+        for (int k = 0; k < C::kStores; ++k) words[k] = *reinterpret_cast<const uint4*>(results + from[k]);
+    }
+    // `to`: of the row, in bytes.
+    __device__ __forceinline__ void store(const Words& words, long long to, bool is_made) const {
 #pragma unroll
         for (int k = 0; k < C::kStores; ++k)
-            if (from[k] >= 0)
-                *reinterpret_cast<uint4*>(into[k] + to) = *reinterpret_cast<const uint4*>(results + from[k]);
+            if (exists[k] && is_made) *reinterpret_cast<uint4*>(into[k] + to) = words[k];
     }
 };
 

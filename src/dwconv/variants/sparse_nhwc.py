@@ -45,7 +45,7 @@ class SparseNhwc(Variant):
             yield Tile(warps, pairs, 1, 4, 2 * stride[0])
             yield Tile(warps, pairs, 1, 6, stride[0])
         if max(*problem.size, *problem.out_size) <= 8:
-            for warps, pairs, stages in ((8, 4, 2), (4, 4, 2), (8, 2, 3), (4, 2, 3), (12, 2, 2), (8, 1, 3)):
+            for warps, pairs, stages in ((8, 4, 2), (4, 4, 2), (8, 2, 3), (12, 2, 2), (8, 1, 3)):
                 yield Tile(warps, pairs, 1, stages, problem.size[0], whole=True)
         if turn:
             yield Tile(8, 1, 2, 4, 2 * stride[1], turned=True)
@@ -197,7 +197,9 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     loads = divided(min(reach, 16 * grouping.steps), 4)
     products = problem.filter[0] * grouping.steps / problem.stride[0]
     row = 8 + one.blocks * tile.warps * tile.tiles * (5 * loads + tile.pairs * (4.1 + 0.2 * products))
-    march = waves * steps_of(problem, tile, one.part_rows, one.rows) * (150 + tile.rows * row) / device.clock
+    march = (
+        waves * steps_of(problem, tile, one.part_rows, one.rows) * (150 / one.blocks + tile.rows * row) / device.clock
+    )
     if 1 < problem.out_size[0] <= 8:
         march *= 1.3  # what comes before and after an image weighs more
     filled = problem.channels / (one.chunks * tile.channels)

@@ -162,7 +162,7 @@ def registers(problem: DepthwiseProblem, tile: Tile, steps: int, sm: int = 90) -
     of_channel = problem.bias + epilogue.scale + epilogue.shift
     finishing = 2 * tile.pairs * of_channel + (24 if epilogue.residual else 0) + (8 if epilogue.activation else 0)
     if tile.whole:
-        other = (38 if sm == 90 else 64) + max(0, sums - 64) // 4
+        other = (50 if sm == 90 else 64) + max(0, sums - 64) // 4
     else:
         other = 38 if tile.rows == problem.stride[0] else 36 + problem.stride[0] * sums // 4
     return kept + finishing + other
