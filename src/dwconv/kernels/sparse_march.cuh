@@ -52,10 +52,11 @@ struct SparseMarch {
     using B = SparseBand<C>;
     using T = typename C::Element;
     static constexpr int kOwn = 2 * C::kPairs;
-    int channel;                // of the chunk, the warp's first one
-    int offsets[C::kTiles][2];  // of this lane's first pixel of each tile, and of the fourth one after it, in bytes
-    int into[2];                // of this lane's outputs in the results' first tile, in bytes
-    unsigned zero;              // see `another`
+    int channel;  // of the chunk, the warp's first one
+    static constexpr int kOffsets = R::kPeriod / 4;
+    int offsets[C::kTiles][kOffsets];  // of every fourth pixel from this lane's first one on, of each tile, in bytes
+    int into[2];                       // of this lane's outputs in the results' first tile, in bytes
+    unsigned zero;                     // see `another`
     float bias[kOwn];
     ChannelValues<float> values[kOwn];
     uint4 bands[C::kPairs][C::kFilterH][B::kSteps];
@@ -76,14 +77,15 @@ struct SparseMarch {
             const int pixel =
                 slot * static_cast<int>(tiling.width) + (group - slot * groups) * (C::kGroup * C::kStrideW) + lane % 4;
 #pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-                offsets[tile][odd] = R::place(pixel + 4 * odd, channel / 8) + channel % 8 * 2;
-                keep(offsets[tile][odd]);
+            for (int k = 0; k < kOffsets; ++k) {
+                offsets[tile][k] = R::place(pixel + 4 * k, channel / 8) + channel % 8 * 2;
+                keep(offsets[tile][k]);
             }
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            into[e] = R::place(R::group_of(lane % 4 * 2 + e) * C::kPitch + lane / 4, channel / 8) + channel % 8 * 2;
+            into[e] = R::template place<false>(R::group_of(lane % 4 * 2 + e) * C::kPitch + lane / 4, channel / 8) +
+                      channel % 8 * 2;
             keep(into[e]);
         }
         T* const rows = filters + channel * B::kFilterElements;
@@ -129,7 +131,7 @@ struct SparseMarch {
                     // Where no tap of a group reaches, A has zeros, and any pixel will do: the last one again.
                     const int of = smaller(s, ceil_div(B::kReach - 16 * step, 4) - 1);
                     const auto loaded = *reinterpret_cast<const typename Word<4 * C::kPairs>::Type*>(
-                        row + (offsets[tile][of % 2] + (16 * step + of / 2 * 8) * R::kPixel));
+                        row + (offsets[tile][of % kOffsets] + (16 * step + of / kOffsets * R::kPeriod) * R::kPixel));
 #pragma unroll
                     for (int p = 0; p < C::kPairs; ++p)
                         pixels[tile][step][p][s] = another(reinterpret_cast<const unsigned*>(&loaded)[p], zero, s - of);

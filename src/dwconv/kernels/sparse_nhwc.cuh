@@ -126,6 +126,7 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
 #define DWCONV_TILES 1
 #define DWCONV_GROUP 7
 #define DWCONV_APART 4
+#define DWCONV_FOLDED 0
 #define DWCONV_PITCH 10
 #define DWCONV_CACHED 1
 #define DWCONV_WHOLE 0
@@ -144,7 +145,7 @@ struct Config : ProblemConfig {
     static constexpr int kWarps = DWCONV_WARPS, kThreads = 32 * kWarps, kMinBlocks = DWCONV_MIN_BLOCKS;
     static constexpr int kPairs = DWCONV_PAIRS, kTiles = DWCONV_TILES, kChannels = 2 * kPairs * kWarps;
     static constexpr int kGroup = DWCONV_GROUP, kApart = DWCONV_APART, kPitch = DWCONV_PITCH;
-    static constexpr bool kCached = DWCONV_CACHED;
+    static constexpr bool kCached = DWCONV_CACHED, kFolded = DWCONV_FOLDED;
     static constexpr int kSteps = DWCONV_STEPS, kLead = DWCONV_LEAD;
     static constexpr int kStages = DWCONV_STAGES, kRows = DWCONV_ROWS;
     static constexpr int kLoads = DWCONV_LOADS, kStores = DWCONV_STORES;

@@ -25,14 +25,16 @@ struct SparseTiling {
 template <class C>
 struct SparseRows {
     // Eight channels are an octet. The octets of a pixel change places from pixel to pixel such that those of the same
-    // channels of eight neighbouring pixels are in different banks.
-    static constexpr int kOctets = C::kChannels / 8, kTurns = kOctets % 8 == 0   ? 8
-                                                              : kOctets % 4 == 0 ? 4
-                                                              : kOctets % 2 == 0 ? 2
-                                                                                 : 1;
+    // channels of eight neighbouring pixels are in different banks; kFolded: those of twice four, eight pixels apart.
+    static constexpr int kOctets = C::kChannels / 8;
+    static constexpr int kTurns = kOctets % 8 == 0 ? 8 : kOctets % 4 == 0 ? 4 : kOctets % 2 == 0 ? 2 : 1;
+    template <bool Folded = C::kFolded>
     __device__ __forceinline__ static int place(int pixel, int octet) {  // in bytes of a row
-        return 16 * (pixel * kOctets + (octet ^ (pixel / (8 / kTurns) & (kTurns - 1))));
+        const int number = Folded ? pixel ^ (pixel / 2 & 4) : pixel;
+        return 16 * (pixel * kOctets + (octet ^ (number / (8 / kTurns) & (kTurns - 1))));
     }
+    // After how many pixels the places are the same again.
+    static constexpr int kPeriod = C::kFolded ? 16 : 8;
     static constexpr int kPixel = 2 * C::kChannels;                // bytes from pixel to pixel
     static constexpr int kGroups = 8 * C::kTiles;                  // of a row, of all slots
     static constexpr int kResults = kGroups * C::kPitch * kPixel;  // bytes of a row of results
@@ -282,7 +284,9 @@ struct SparseStores {
                         first_channel + octet * 8 < sizes.out_channels;
             const int at = slot * image + (first_column + column) * static_cast<int>(tiling.y_column);
             into[k] = reinterpret_cast<unsigned char*>(exists[k] ? y + (at + first_channel + octet * 8) : y);
-            from[k] = exists[k] ? R::place((slot * groups + group) * C::kPitch + column - group * C::kGroup, octet) : 0;
+            from[k] = exists[k] ? R::template place<false>(
+                                      (slot * groups + group) * C::kPitch + column - group * C::kGroup, octet)
+                                : 0;
             keep(from[k]);
         }
     }

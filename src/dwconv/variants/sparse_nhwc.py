@@ -16,6 +16,7 @@ from .sparse_rows import (
     MOST_STEPS,
     Cut,
     Tile,
+    apart,
     cut,
     grouping_of,
     most_registers,
@@ -130,6 +131,7 @@ class SparseNhwc(Variant):
             "TILES": tile.tiles,
             "GROUP": grouping.group,
             "APART": one.apart,
+            "FOLDED": int(apart(grouping.group * problem.stride[1]) is None),
             "PITCH": one.pitch,
             "CACHED": int(max(problem.stride) > 1),  # past L1, strided rows are slower
             "STEPS": grouping.steps,

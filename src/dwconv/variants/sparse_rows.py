@@ -114,7 +114,7 @@ def live_rows(problem: DepthwiseProblem, tile: Tile) -> int:
 
 def apart(distance: int) -> int | None:
     """How many groups, so many pixels apart, lie between two that are read together, such that these are in different
-    banks: four pixels of each, modulo 8. None: no number does it.
+    banks: four pixels of each, modulo 8. None: no number does it, and banks are to be folded.
     """
     return next((d for d in (1, 2, 4) if distance * d % 8 == 4), None)
 
@@ -173,19 +173,23 @@ def group_of(number: int, between: int) -> int:
     return number // (2 * between) * 2 * between + number % 2 * between + number // 2 % between
 
 
-def width_of(problem: DepthwiseProblem, tile: Tile, one: Grouping, between: int) -> int:
+def width_of(problem: DepthwiseProblem, tile: Tile, one: Grouping) -> int:
     """Pixels of shared memory from slot to slot such that groups that are read together are in different banks."""
     distance = one.group * problem.stride[1]
+    between, folded = apart(distance) or 1, apart(distance) is None
     least, last = (one.groups - 1) * distance + 16 * one.steps, one.slots * one.groups - 1
     if tile.whole:
         least = up(problem.size[1], 4)
+
+    def bank(pixel: int) -> int:  # of a pixel's octets; `dwconv::SparseRows::place`
+        return (pixel ^ (pixel // 2 & 4) if folded else pixel) % 8
 
     def conflicts(width: int) -> int:
         numbers = [min(group_of(n, between), last) for n in range(8)]
         places = [n // one.groups * width + n % one.groups * distance for n in numbers]
         found = 0
         for pair in zip(places[::2], places[1::2], strict=True):
-            banks = [pixel % 8 for pixel in {place + lane for place in pair for lane in range(4)}]
+            banks = [bank(pixel) for pixel in {place + lane for place in pair for lane in range(4)}]
             found += max(map(banks.count, banks))
         return found
 
@@ -208,7 +212,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Grouping
     """How a tile divides the problem."""
     out_h, stride = problem.out_size[0], problem.stride
     between = apart(one.group * stride[1]) or 1
-    width = width_of(problem, tile, one, between)
+    width = width_of(problem, tile, one)
     reach = (problem.filter[1] - 1) * problem.dilation[1] + 1
     columns = problem.size[1] if tile.whole else (one.groups * one.group - 1) * stride[1] + reach
     columns = min(columns, width)
