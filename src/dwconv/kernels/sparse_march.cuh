@@ -227,7 +227,7 @@ struct SparseMarch {
     }
 
     // Computes those of the lane's outputs of a step again, product by product, that are NaN in y: zeros of A times an
-    // Inf or NaN are NaN where the filter doesn't reach, too.
+    // Inf or NaN are NaN where the filter doesn't reach, too, and an epilogue leaves a NaN what it is.
     __device__ __forceinline__ void repair(const Tensors<T>& tensors, const Sizes& sizes, const SparseTiling& tiling,
                                            const SparseStep& step, int j, int of) const {
 #pragma unroll 1

@@ -7,9 +7,9 @@
 //   to the output row that lies u rows above. In a step all threads copy the rows of a later step to shared memory,
 //   store what was finished in the step before, and multiply kRows rows; one barrier a step. kTurned: what is called a
 //   row here is a column in memory; that serves tall filters.
+//   kWhole: a step takes all rows of small images.
 //   shared memory: x [kStages][kRows][slots][width][kChannels]; results [2][rows of a step][groups][kPitch][kChannels],
-//   before
-//     the march filters, spread; steps
+//     and filters, spread, before the march; steps
 //   grid.x = chunks of kChannels channels * strips of columns * parts of all output rows, chunk fastest
 //   least DRAM traffic: x + w + y, once each; rows around a part's ends and columns between strips come from L2
 #pragma once

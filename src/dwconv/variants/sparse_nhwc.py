@@ -113,7 +113,7 @@ class SparseNhwc(Variant):
         if one.shared_bytes > device.shared_bytes - 1024:
             return rejected(f"a block would take {one.shared_bytes} bytes of shared memory")
         out_image = math.prod(problem.out_size) * problem.channels
-        if grouping.slots * max(image, out_image) + one.columns * column >= 2**31:
+        if grouping.slots * max(image, out_image) + problem.size[1] * column >= 2**31:
             return rejected("images of a block are too far apart for 32-bit offsets")
         if steps_of(problem, tile, one.part_rows, one.rows) + tile.stages + 1 > MOST_STEPS:
             return rejected(f"a block can't number more than {MOST_STEPS} steps")
