@@ -44,7 +44,7 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
 #pragma unroll 1
     for (int k = 0; k < steps.kAhead; ++k) fetch.copy(steps.copies(k), x_row, stages + k * stage_bytes, row_bytes);
     steps.write(lines);
-    clear_beside<C>(stages, sizes, tiling, first_channel, first_column);
+    clear_beside<C>(stages, smaller(C::kStages, steps.count), sizes, tiling, first_channel, first_column);
     SparseMarch<C> march(taps, tiling, reinterpret_cast<T*>(results));
     march.begin();
     const SparseStores<C> stores(tensors.y, sizes, tiling, first_channel, first_column);

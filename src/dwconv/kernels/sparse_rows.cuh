@@ -229,30 +229,31 @@ struct SparseFetch {
     }
 };
 
-// Makes zeros of what stands beside the image in all stages, where nothing is copied.
+// Makes zeros of what stands beside the image, where nothing is copied, in as many stages as are used.
 template <class C>
-__device__ __forceinline__ void clear_beside(unsigned char* stages, const Sizes& sizes, const SparseTiling& tiling,
-                                             int first_channel, int first_column) {
+__device__ __forceinline__ void clear_beside(unsigned char* stages, int used, const Sizes& sizes,
+                                             const SparseTiling& tiling, int first_channel, int first_column) {
     using R = SparseRows<C>;
+    constexpr int kLanes = C::kWhole ? 8 : 32;  // that clear a slot of a row; whole images have little beside them
     const int begin = first_column * C::kStrideW - C::kLead, pixels = static_cast<int>(tiling.width);
     const int slots = static_cast<int>(tiling.slots);
     // Pixels `left` to `right` - 1 of a slot are the image's.
     const int right = smaller(static_cast<int>(tiling.copied_columns.divisor), static_cast<int>(sizes.in_w) - begin);
     const int left = smaller(larger(-begin, 0), right), beside = pixels - (right - left);
     const int octets = smaller(R::kOctets, (static_cast<int>(sizes.out_channels) - first_channel) / 8);
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % kLanes;
 #pragma unroll 1
-    for (int line = threadIdx.x / 32; line < C::kStages * C::kRows * slots; line += C::kWarps) {
+    for (int line = threadIdx.x / kLanes; line < used * C::kRows * slots; line += C::kThreads / kLanes) {
         const int row = line / slots, first = (line - row * slots) * pixels;
         unsigned char* const at = stages + row * static_cast<int>(tiling.row_bytes);
 #pragma unroll 1
-        for (int number = lane; number < beside * R::kOctets; number += 32) {
+        for (int number = lane; number < beside * R::kOctets; number += kLanes) {
             const int k = number / R::kOctets, pixel = k < left ? k : k + (right - left);
             *reinterpret_cast<uint4*>(at + R::place(first + pixel, number % R::kOctets)) = uint4{0, 0, 0, 0};
         }
         if (octets == R::kOctets) continue;
 #pragma unroll 1
-        for (int number = lane; number < pixels * R::kOctets; number += 32)
+        for (int number = lane; number < pixels * R::kOctets; number += kLanes)
             if (number % R::kOctets >= octets)
                 *reinterpret_cast<uint4*>(at + R::place(first + number / R::kOctets, number % R::kOctets)) =
                     uint4{0, 0, 0, 0};

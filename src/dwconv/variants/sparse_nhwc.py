@@ -46,7 +46,7 @@ class SparseNhwc(Variant):
             yield Tile(warps, pairs, 1, 4, 2 * stride[0])
             yield Tile(warps, pairs, 1, 6, stride[0])
         if max(*problem.size, *problem.out_size) <= 8:
-            for warps, pairs, stages in ((8, 4, 2), (4, 4, 2), (8, 2, 3), (12, 2, 2), (8, 1, 3)):
+            for warps, pairs, stages in ((8, 2, 3), (8, 1, 3), (4, 2, 2)):
                 yield Tile(warps, pairs, 1, stages, problem.size[0], whole=True)
         if turn:
             yield Tile(8, 1, 2, 4, 2 * stride[1], turned=True)
@@ -202,11 +202,11 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     march = (
         waves * steps_of(problem, tile, one.part_rows, one.rows) * (150 / one.blocks + tile.rows * row) / device.clock
     )
-    if 1 < problem.out_size[0] <= 8:
+    if 1 < problem.out_size[0] <= 8 and not tile.whole:
         march *= 1.3  # what comes before and after an image weighs more
     filled = problem.channels / (one.chunks * tile.channels)
     lines = 0.98 if tile.channels % 64 == 0 else 0.86 if tile.channels % 32 == 0 else 0.78
     lines *= filled**0.2 if not strided else 1.2 if filled == 1 else 0.7
     again = read_again(problem, one.part_rows)
     dram = (roofline(problem, device).copy - LAUNCH_SECONDS) / lines * (1 + 0.2 * again)
-    return 7.4e-6 + math.pow(dram**1.4 + march**1.4, 1 / 1.4)
+    return (6.4e-6 if tile.whole else 7.4e-6) + math.pow(dram**1.4 + march**1.4, 1 / 1.4)
