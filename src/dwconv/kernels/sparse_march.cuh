@@ -69,7 +69,7 @@ struct SparseMarch {
         channel = warp * kOwn;
         zero = unknown_zero();
         const int groups = static_cast<int>(tiling.slot_groups.divisor);
-        const int last = groups * static_cast<int>(tiling.slots) - 1;
+        const int last = groups * static_cast<int>(tiling.slots.divisor) - 1;
 #pragma unroll
         for (int tile = 0; tile < C::kTiles; ++tile) {
             const int group = smaller(R::group_of(8 * tile + lane / 4), last);  // beyond: the last one again
@@ -210,7 +210,7 @@ struct SparseMarch {
         of_image = image + slot;
         pixel = of_image * sizes.out_h * sizes.out_w * sizes.out_channels + i * static_cast<long long>(tiling.y_row) +
                 column * static_cast<long long>(tiling.y_column);
-        return output < C::kGroup && slot < static_cast<int>(tiling.slots) && column < sizes.out_w;
+        return output < C::kGroup && slot < static_cast<int>(tiling.slots.divisor) && column < sizes.out_w;
     }
 
     __device__ __forceinline__ Vector<T, kOwn> residual_of(const Tensors<T>& tensors, const Sizes& sizes,

@@ -14,7 +14,8 @@ struct SparseTiling {
     FastDivisor unit_steps;  // of a whole image
     // Pixels of x that a slot copies of a row, and of y that it stores; groups of a slot.
     FastDivisor copied_columns, stored_columns, slot_groups;
-    unsigned slots, images;    // side by side; all
+    FastDivisor slots;         // images side by side
+    unsigned images;           // all
     unsigned rows, part_rows;  // output rows of all groups of images, one below the other; of a block
     unsigned width;            // pixels of shared memory from slot to slot
     // Of shared memory, in bytes: from row to row; all stages, behind which the results lie; from those to the steps.
@@ -140,8 +141,8 @@ struct SparseSteps {
         Place found;
         found.out_first = unit == 0 ? first : 0;
         found.out_end = unit == 0 ? first + of_first : unit <= whole ? height : rest;
-        found.image =
-            smaller((group + unit) * static_cast<int>(tiling.slots), static_cast<int>(tiling.images - tiling.slots));
+        found.image = smaller((group + unit) * static_cast<int>(tiling.slots.divisor),
+                              static_cast<int>(tiling.images - tiling.slots.divisor));
         const int before = above(found.out_first) + of_unit;
         found.row = found.out_first * C::kStrideH - R::kAbove + before * C::kRows;
         found.out_row = found.out_first + before * R::kOutputs - R::kBehind;
@@ -195,7 +196,7 @@ struct SparseFetch {
                                            int first_channel, int first_column) {
         constexpr int kOctets = SparseRows<C>::kOctets;
         const int begin = first_column * C::kStrideW - C::kLead;  // of the slot's pixels, in x
-        const int count = static_cast<int>(tiling.slots * tiling.copied_columns.divisor) * kOctets;
+        const int count = static_cast<int>(tiling.slots.divisor * tiling.copied_columns.divisor) * kOctets;
 #pragma unroll
         for (int k = 0; k < C::kLoads; ++k) {
             const int number = static_cast<int>(threadIdx.x) + k * C::kThreads;
@@ -236,7 +237,7 @@ __device__ __forceinline__ void clear_beside(unsigned char* stages, int used, co
     using R = SparseRows<C>;
     constexpr int kLanes = C::kWhole ? 8 : 32;  // that clear a slot of a row; whole images have little beside them
     const int begin = first_column * C::kStrideW - C::kLead, pixels = static_cast<int>(tiling.width);
-    const int slots = static_cast<int>(tiling.slots);
+    const int slots = static_cast<int>(tiling.slots.divisor);
     // Pixels `left` to `right` - 1 of a slot are the image's.
     const int right = smaller(static_cast<int>(tiling.copied_columns.divisor), static_cast<int>(sizes.in_w) - begin);
     const int left = smaller(larger(-begin, 0), right), beside = pixels - (right - left);
@@ -244,7 +245,7 @@ __device__ __forceinline__ void clear_beside(unsigned char* stages, int used, co
     const int lane = threadIdx.x % kLanes;
 #pragma unroll 1
     for (int line = threadIdx.x / kLanes; line < used * C::kRows * slots; line += C::kThreads / kLanes) {
-        const int row = line / slots, first = (line - row * slots) * pixels;
+        const int row = static_cast<int>(tiling.slots.quotient(line)), first = (line - row * slots) * pixels;
         unsigned char* const at = stages + row * static_cast<int>(tiling.row_bytes);
 #pragma unroll 1
         for (int number = lane; number < beside * R::kOctets; number += kLanes) {
@@ -281,7 +282,7 @@ struct SparseStores {
             const int octet = number % kOctets, pixel = number / kOctets;
             const int slot = static_cast<int>(tiling.stored_columns.quotient(pixel));
             const int column = pixel - slot * columns, group = column / C::kGroup;
-            exists[k] = slot < static_cast<int>(tiling.slots) && first_column + column < sizes.out_w &&
+            exists[k] = slot < static_cast<int>(tiling.slots.divisor) && first_column + column < sizes.out_w &&
                         first_channel + octet * 8 < sizes.out_channels;
             const int at = slot * image + (first_column + column) * static_cast<int>(tiling.y_column);
             into[k] = reinterpret_cast<unsigned char*>(exists[k] ? y + (at + first_channel + octet * 8) : y);

@@ -165,10 +165,10 @@ class SparseNhwc(Variant):
                         one.columns,
                         grouping.groups * grouping.group,
                         grouping.groups,
+                        grouping.slots,
                     )
                     for field in fast_divisor(divisor)
                 ),
-                grouping.slots,
                 problem.batch,
                 one.rows,
                 one.part_rows,
