@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .device import DeviceSpec
 from .errors import DepthwiseError
-from .plan import Plan, Rejection
+from .plan import Plan, Rejection, legal
 from .problem import DepthwiseProblem
 from .variants import REGISTRY
 
@@ -50,7 +50,7 @@ def ranked(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None = 
         DepthwiseError: no variant takes the problem; the message says why each one doesn't.
     """
     found = candidates(problem, device, variant)
-    plans = [candidate for candidate in found if isinstance(candidate, Plan)]
+    plans = legal(found)
     if plans:
         return plans
     reasons = dict.fromkeys(f"{c.variant}: {c.reason}" for c in found if isinstance(c, Rejection))

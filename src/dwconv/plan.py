@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .device import DeviceSpec
@@ -53,6 +54,11 @@ class Rejection:
     variant: str
     tile: str
     reason: str
+
+
+def legal(found: Iterable[Plan | Rejection]) -> list[Plan]:
+    """The plans among them, in their order."""
+    return [each for each in found if isinstance(each, Plan)]
 
 
 def problem_constants(problem: DepthwiseProblem) -> dict[str, int | str]:

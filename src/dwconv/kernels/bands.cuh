@@ -113,13 +113,16 @@ __device__ __forceinline__ uint2 band_of(const typename C::Element* rows, int u,
     return make_uint2(pair(0), pair(8));
 }
 
-// One sum, product by product, from x itself: `x` is the start of its plane or volume, `filter` of its taps.
-template <class C>
+// One sum, product by product, from x itself: `x` is the start of its plane or volume, `filter` of its taps. Turned:
+// what C calls a row is a column in memory, of x and of the filter.
+template <class C, bool Turned = false>
 __device__ __forceinline__ float exact_sum(const typename C::Element* x, const typename C::Element* filter, float sum,
                                            const Sizes& sizes, int depth, int row, int column) {
 #pragma unroll 1
     for (int tap = 0; tap < C::kFilterD * C::kFilterH * C::kFilterW; ++tap) {
-        const int t = tap / (C::kFilterH * C::kFilterW), u = tap / C::kFilterW % C::kFilterH, v = tap % C::kFilterW;
+        const int t = tap / (C::kFilterH * C::kFilterW);
+        const int u = Turned ? tap % C::kFilterH : tap / C::kFilterW % C::kFilterH;
+        const int v = Turned ? tap / C::kFilterH % C::kFilterW : tap % C::kFilterW;
         const int d = depth * C::kStrideD - C::kPadFront + t * C::kDilationD;
         const int i = row * C::kStrideH - C::kPadTop + u * C::kDilationH;
         const int j = column * C::kStrideW - C::kPadLeft + v * C::kDilationW;

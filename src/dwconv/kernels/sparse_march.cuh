@@ -249,15 +249,8 @@ struct SparseMarch {
                                        int column, long long pixel, int own) const {
         const T* filter = tensors.w + static_cast<long long>(own) * (C::kFilterH * C::kFilterW);
         const T* x = tensors.x + image * sizes.x_image + own;
-        float sum = C::kHasBias ? static_cast<float>(load_one(tensors.b + own)) : 0.0f;
-#pragma unroll 1
-        for (int tap = 0; tap < C::kFilterH * C::kFilterW; ++tap) {
-            const int row = i * C::kStrideH - C::kPadTop + R::tap_row(tap);
-            const int at = column * C::kStrideW - C::kPadLeft + R::tap_column(tap) * C::kDilationW;
-            if (row >= 0 && row < sizes.in_h && at >= 0 && at < sizes.in_w)
-                sum += static_cast<float>(load_one(filter + tap)) *
-                       static_cast<float>(load_one(x + row * sizes.x_row + at * sizes.x_column));
-        }
+        const float start = C::kHasBias ? static_cast<float>(load_one(tensors.b + own)) : 0.0f;
+        const float sum = exact_sum<C, C::kTurned>(x, filter, start, sizes, 0, i, column);
         T added = {};
         if constexpr (C::kHasResidual) added = load_one(tensors.residual + pixel + own);
         return static_cast<T>(finished<C>(sum, channel_values<C>(tensors, own), added));

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection
+from ..plan import Plan, Rejection, legal
 from ..problem import DTYPE_BYTES, DepthwiseProblem, Layout
 from ..roofline import LAUNCH_SECONDS, roofline
 
@@ -37,7 +37,7 @@ class Variant(ABC):
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
         """The plans of all legal tiles, also of those that `candidates` leaves out: for tests and for tuning."""
-        return [plan for plan in self.candidates(problem, device) if isinstance(plan, Plan)]
+        return legal(self.candidates(problem, device))
 
     def unsupported(self, problem: DepthwiseProblem) -> str | None:
         """Why no tile of the variant can serve the problem; None if one might."""

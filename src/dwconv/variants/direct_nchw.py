@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, fast_divisor, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant, tap_by_tap_seconds
@@ -176,8 +176,7 @@ class DirectNchw(Variant):
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
         """The plans of all legal tiles: for tests and for tuning."""
-        plans = (self.plan(problem, device, tile) for tile in self.tiles(problem))
-        return [plan for plan in plans if isinstance(plan, Plan)]
+        return legal(self.plan(problem, device, tile) for tile in self.tiles(problem))
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
         first: str | None = None

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, fast_divisor, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant
 from .direct_tiles import Cut, Tile, best_cut, chunk_of, filter_bytes, lines_of, stage_bytes, staged_bytes, vectors
-from .strips import too_long, widest, window_rows
+from .strips import too_long, widest, window_columns, window_rows
 
 MAX_TAPS = 32
 USUAL_SIDES = (7, 14, 28, 56)  # of images
@@ -118,8 +118,7 @@ class DirectNhwc(Variant):
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
         """The plans of all legal tiles: for tests and for tuning."""
-        plans = (self.plan(problem, device, tile) for tile in self.shapes(problem))
-        return [plan for plan in plans if isinstance(plan, Plan)]
+        return legal(self.plan(problem, device, tile) for tile in self.shapes(problem))
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
         chosen = False
@@ -221,7 +220,7 @@ def register_estimate(problem: DepthwiseProblem, tile: Tile) -> int:
     live = tile.rows
     if problem.dilation[0] == 1:
         live = min(live, -(-problem.filter[0] // problem.stride[0]))
-    span = (tile.columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+    span = window_columns(problem, tile.columns)
     numbers = (live * tile.columns + span) * tile.vector * (2 if problem.dtype == "float64" else 1)
     return -(-(numbers + (30 if tile.each == 1 else 42)) // 8) * 8
 
@@ -251,7 +250,7 @@ def seconds(
 
     tiles = max(1, one.tiles) * -(-problem.out_channels // tile.chunk)
     outputs = tile.rows * tile.columns
-    span = (tile.columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+    span = window_columns(problem, tile.columns)
     window = window_rows(problem, tile.rows) * span
     half, pixel = problem.element_bytes == 2, problem.out_channels * problem.element_bytes
     instructions = (

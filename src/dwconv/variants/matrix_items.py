@@ -11,7 +11,7 @@ from ..plan import fast_divisor
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .banks import with_fewest_conflicts
-from .strips import divided, short_divisor, up, window_rows
+from .strips import divided, short_divisor, up, window_columns, window_rows
 
 MAX_BANDS = 16  # filter rows times products in a row: pairs of registers that hold the filter
 MOST_WARPS = 4  # of a block that works on one image at a time, else twice as many
@@ -74,7 +74,7 @@ class Geometry:
 def steps(problem: DepthwiseProblem, lead: int) -> int:
     """Products of 16 columns that a filter row takes where `lead` columns stand in front of the input."""
     shift = lead - problem.padding[1][0]
-    return divided(7 * problem.stride[1] + shift + (problem.filter[1] - 1) * problem.dilation[1] + 1, 16)
+    return divided(shift + window_columns(problem, 8), 16)
 
 
 def filter_pitch(problem: DepthwiseProblem, lead: int) -> int:

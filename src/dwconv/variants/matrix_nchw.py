@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from .base import Variant
 from .matrix_items import (
@@ -29,7 +29,7 @@ from .matrix_items import (
     steps,
 )
 from .matrix_slices import slice_plans
-from .strips import divided, short_divisor, too_long, up, widest
+from .strips import divided, short_divisor, too_long, up, widest, window_columns
 
 MAX_HELD = 36  # registers of a thread for input in flight and its places
 ROW = 7  # elements of a row that is fetched as a whole, at most
@@ -105,7 +105,7 @@ class MatrixNchw(Variant):
         """The plans of all legal tiles: for tests and for tuning."""
         plans = [self.plan(problem, device, tile) for tile in self.tiles(problem)]
         plans += slice_plans(self.stem, problem, device)
-        return [plan for plan in plans if isinstance(plan, Plan)]
+        return legal(plans)
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
         """The plan of one tile, or why it is not legal."""
@@ -175,7 +175,7 @@ class MatrixNchw(Variant):
             line_units, count = in_w, geometry.channels * in_rows * in_w
             units = divided(count, unit)
         else:
-            reach = lead + (item_columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+            reach = lead + window_columns(problem, item_columns)
             unit, line_units = granule, divided(min(in_w, reach) + granule - 1, granule)
             units = geometry.channels * in_rows * line_units
             count = units

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, fast_divisor, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
@@ -16,7 +16,6 @@ from .sparse_rows import (
     MOST_STEPS,
     Cut,
     Tile,
-    apart,
     cut,
     grouping_of,
     most_registers,
@@ -25,7 +24,7 @@ from .sparse_rows import (
     steps_of,
     turned,
 )
-from .strips import divided, too_long
+from .strips import divided, too_long, window_columns
 
 COUNTS = (1, 2, 3, 4, 6, 8)  # of copies and stores of a thread and row that the kernel is compiled for
 
@@ -61,13 +60,11 @@ class SparseNhwc(Variant):
             yield Rejection(self.stem, "", "with strides, few taps or narrow images leave most of a product empty")
             return
         found = [self.plan(problem, device, tile) for tile in self.tiles(problem)]
-        plans = [plan for plan in found if isinstance(plan, Plan)]
-        yield min(plans, key=lambda plan: plan.predicted_seconds) if plans else found[-1]
+        yield min(legal(found), key=lambda plan: plan.predicted_seconds, default=found[-1])
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
         """The plans of all legal tiles: for tests and for tuning."""
-        plans = (self.plan(problem, device, tile) for tile in self.tiles(problem))
-        return [plan for plan in plans if isinstance(plan, Plan)]
+        return legal(self.plan(problem, device, tile) for tile in self.tiles(problem))
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
         """The plan of one tile, or why it is not legal."""
@@ -130,8 +127,8 @@ class SparseNhwc(Variant):
             "PAIRS": tile.pairs,
             "TILES": tile.tiles,
             "GROUP": grouping.group,
-            "APART": one.apart,
-            "FOLDED": int(apart(grouping.group * problem.stride[1]) is None),
+            "APART": grouping.between,
+            "FOLDED": int(grouping.folded),
             "PITCH": one.pitch,
             "CACHED": int(max(problem.stride) > 1),  # past L1, strided rows are slower
             "STEPS": grouping.steps,
@@ -195,8 +192,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     """
     grouping, strided = one.grouping, max(problem.stride) > 1
     waves = divided(one.chunks * grouping.strips * one.parts, device.multiprocessors * one.blocks)
-    reach = (grouping.group - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
-    loads = divided(min(reach, 16 * grouping.steps), 4)
+    loads = divided(min(window_columns(problem, grouping.group), 16 * grouping.steps), 4)
     products = problem.filter[0] * grouping.steps / problem.stride[0]
     row = 8 + one.blocks * tile.warps * tile.tiles * (5 * loads + tile.pairs * (4.1 + 0.2 * products))
     march = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .banks import with_fewest_conflicts
-from .strips import divided, up
+from .strips import divided, up, window_columns
 
 MOST_STEPS = 256  # of a block, with those behind the last one that are never made
 MOST_PRODUCTS = 4  # of a filter row
@@ -58,6 +58,7 @@ class Grouping:
 
     Attributes:
         group: outputs of a group.
+        distance: pixels of x from group to group.
         steps: products that a filter row takes, 16 pixels each.
         lead: pixels of shared memory in front of the input's first one.
         strips: of columns, side by side.
@@ -66,11 +67,24 @@ class Grouping:
     """
 
     group: int
+    distance: int
     steps: int
     lead: int
     strips: int
     slots: int
     groups: int
+
+    @property
+    def between(self) -> int:
+        """How many groups lie between two that are read together, such that these are in different banks: four pixels
+        of each, modulo 8. No number does it where banks are folded.
+        """
+        return next((d for d in (1, 2, 4) if self.distance * d % 8 == 4), 1)
+
+    @property
+    def folded(self) -> bool:
+        """Whether places of octets change after eight pixels, too: `dwconv::SparseRows::place`."""
+        return self.distance * self.between % 8 != 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +103,6 @@ class Cut:
     table: int
     shared_bytes: int
     blocks: int
-    apart: int
     pitch: int
 
 
@@ -112,27 +125,20 @@ def live_rows(problem: DepthwiseProblem, tile: Tile) -> int:
     return problem.out_size[0] if tile.whole else divided(problem.filter[0], problem.stride[0])
 
 
-def apart(distance: int) -> int | None:
-    """How many groups, so many pixels apart, lie between two that are read together, such that these are in different
-    banks: four pixels of each, modulo 8. None: no number does it, and banks are to be folded.
-    """
-    return next((d for d in (1, 2, 4) if distance * d % 8 == 4), None)
-
-
 def groupings(problem: DepthwiseProblem, tile: Tile) -> Iterator[Grouping]:
     """The ways to cut rows into groups."""
     width, stride, most = problem.out_size[1], problem.stride[1], 8 * tile.tiles
     if tile.whole:  # all of a row is read by its only group
-        yield Grouping(width, 1, 0, 1, min(most, problem.batch), 1)
+        yield Grouping(width, width * stride, 1, 0, 1, min(most, problem.batch), 1)
         return
-    reach = (problem.filter[1] - 1) * problem.dilation[1] + 1
+    reach = window_columns(problem, 1)
     for steps in range(1, MOST_PRODUCTS + 1):
         for group in range(1, min(8, (16 * steps - reach) // stride + 1) + 1):
             across = divided(width, group)
             strips = divided(across, most)
             groups = divided(across, strips)
             slots = min(most // groups, problem.batch) if strips == 1 else 1
-            yield Grouping(group, steps, problem.padding[1][0], strips, slots, groups)
+            yield Grouping(group, group * stride, steps, problem.padding[1][0], strips, slots, groups)
 
 
 def grouping_of(problem: DepthwiseProblem, tile: Tile) -> Grouping | None:
@@ -140,7 +146,7 @@ def grouping_of(problem: DepthwiseProblem, tile: Tile) -> Grouping | None:
 
     def cost(one: Grouping) -> tuple[float, bool, int]:
         products = one.strips * one.steps / one.slots
-        return products, apart(one.group * problem.stride[1]) is None, one.group
+        return products, one.folded, one.group
 
     return min(groupings(problem, tile), key=cost, default=None)
 
@@ -175,18 +181,16 @@ def group_of(number: int, between: int) -> int:
 
 def width_of(problem: DepthwiseProblem, tile: Tile, one: Grouping) -> int:
     """Pixels of shared memory from slot to slot such that groups that are read together are in different banks."""
-    distance = one.group * problem.stride[1]
-    between, folded = apart(distance) or 1, apart(distance) is None
-    least, last = (one.groups - 1) * distance + 16 * one.steps, one.slots * one.groups - 1
+    least, last = (one.groups - 1) * one.distance + 16 * one.steps, one.slots * one.groups - 1
     if tile.whole:
         least = up(problem.size[1], 4)
 
     def bank(pixel: int) -> int:  # of a pixel's octets; `dwconv::SparseRows::place`
-        return (pixel ^ (pixel // 2 & 4) if folded else pixel) % 8
+        return (pixel ^ (pixel // 2 & 4) if one.folded else pixel) % 8
 
     def conflicts(width: int) -> int:
-        numbers = [min(group_of(n, between), last) for n in range(8)]
-        places = [n // one.groups * width + n % one.groups * distance for n in numbers]
+        numbers = [min(group_of(n, one.between), last) for n in range(8)]
+        places = [n // one.groups * width + n % one.groups * one.distance for n in numbers]
         found = 0
         for pair in zip(places[::2], places[1::2], strict=True):
             banks = [bank(pixel) for pixel in {place + lane for place in pair for lane in range(4)}]
@@ -211,16 +215,13 @@ def pitch_of(between: int) -> int:
 def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Grouping) -> Cut:
     """How a tile divides the problem."""
     out_h, stride = problem.out_size[0], problem.stride
-    between = apart(one.group * stride[1]) or 1
     width = width_of(problem, tile, one)
-    reach = (problem.filter[1] - 1) * problem.dilation[1] + 1
-    columns = problem.size[1] if tile.whole else (one.groups * one.group - 1) * stride[1] + reach
-    columns = min(columns, width)
-    pitch = pitch_of(between)
+    columns = min(problem.size[1] if tile.whole else window_columns(problem, one.groups * one.group), width)
+    pitch = pitch_of(one.between)
     completed = out_h if tile.whole else tile.rows // stride[0]
     results = 2 * completed * 8 * tile.tiles * pitch * tile.channels
     origin = max((one.group - 1) * stride[1] + one.lead - problem.padding[1][0], 0)
-    of_row = up(max(16 * one.steps - one.lead + problem.padding[1][0] + origin, origin + reach), 8)
+    of_row = up(max(16 * one.steps - one.lead + problem.padding[1][0] + origin, origin + window_columns(problem, 1)), 8)
     filters = 2 * tile.channels * problem.filter[0] * of_row
     table = up(2 * max(results, filters), 32)
     row_bytes = 2 * one.slots * width * tile.channels
@@ -245,7 +246,6 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Grouping
         table=table,
         shared_bytes=shared_bytes,
         blocks=together,
-        apart=between,
         pitch=pitch,
     )
 
@@ -261,9 +261,8 @@ def steps_of(problem: DepthwiseProblem, tile: Tile, part_rows: int, rows: int | 
 
     whole, rest = divmod(part_rows, height)
     steps = whole * of_unit(height, problem.padding[0][0])
-    if (
-        part_rows % height and part_rows > 1 and rows != height
-    ):  # a block may begin within an image, and end within the next one
+    # A block may begin within an image, and end within the next one.
+    if part_rows % height and part_rows > 1 and rows != height:
         steps += divided(taps - 1, tile.rows) + (rest > 0)
     return steps + (of_unit(rest, 0) if rest else 0)
 

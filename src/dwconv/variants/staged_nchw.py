@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, fast_divisor, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem, dense_strides
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant
 from .staged_march import FEW_TAPS, NO_MARCH, NO_MARCH_TILING, every_march, march_of
-from .strips import divided, short_divisor, too_long, up, window_rows
+from .strips import divided, short_divisor, too_long, up, window_columns, window_rows
 
 SMALL = 33  # rows and columns up to which an image is small
 NARROW = 32  # columns below which the kernel is made for what the rows' length is a multiple of
@@ -178,7 +178,7 @@ class StagedNchw(Variant):
         """The plans of all legal tiles, of large images too: for tests and for tuning."""
         plans = [self.plan(problem, device, tile) for tile in self.tiles(problem)]
         plans += every_march(self.stem, problem, device)
-        return [plan for plan in plans if isinstance(plan, Plan)]
+        return legal(plans)
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
         """The plan of one tile, or why it is not legal."""
@@ -366,7 +366,7 @@ def staged_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, ge
     """
     outputs, warps = tile.rows * tile.columns, blocks * tile.threads / 32
     window, bytes_ = window_rows(problem, tile.rows), problem.element_bytes
-    span = (tile.columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+    span = window_columns(problem, tile.columns)
     load, store = widths(problem)
     quads, granules = len(window_quads(problem, tile)), 16 // bytes_ / load
     in_rows = min(problem.size[0], window_rows(problem, geometry.item_rows))

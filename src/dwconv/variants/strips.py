@@ -44,6 +44,11 @@ def window_rows(problem: DepthwiseProblem, rows: int) -> int:
     return (rows - 1) * problem.stride[0] + (problem.filter[0] - 1) * problem.dilation[0] + 1
 
 
+def window_columns(problem: DepthwiseProblem, columns: int) -> int:
+    """Input columns that `columns` neighbouring output columns reach over."""
+    return (columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+
+
 def too_long(problem: DepthwiseProblem) -> str | None:
     """Why rows and columns can't be numbered in 31 bits, with room for the last strip to reach past them."""
     longest = max(*problem.size, *problem.out_size) + max(problem.padding[0] + problem.padding[1])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection
+from ..plan import Plan, Rejection, legal
 from ..problem import DepthwiseProblem
 from .base import Variant
 from .strips import divided, widest
@@ -32,6 +32,7 @@ from .volumes import (
     sum_instructions,
     table_entries,
     vector_limit,
+    without_matrices,
 )
 
 WIDTHS = (8, 16, 32, 56, 64)  # output columns of a tile, at most: the class that a kernel is compiled for
@@ -91,8 +92,7 @@ class VolumeNcdhw(Variant):
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
         """The plans of all legal tiles: for tests and for tuning."""
-        plans = (self.plan(problem, device, tile) for tile in self.tiles(problem))
-        return [plan for plan in plans if isinstance(plan, Plan)]
+        return legal(self.plan(problem, device, tile) for tile in self.tiles(problem))
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
         yield from first_legal(self.stem, [(t, self.plan(problem, device, t)) for t in self.tiles(problem)])
@@ -189,10 +189,8 @@ class VolumeNcdhw(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
-        if problem.element_bytes != 2:
-            return rejected(f"tensor cores take 16-bit elements, not {problem.dtype}")
-        if device.sm < 80:
-            return rejected(f"{device.arch} has no tensor cores for products of 16×8×16")
+        if reason := without_matrices(problem, device):
+            return rejected(reason)
         if problem.stride[2] > 1:
             return rejected("a column stride leaves no band of taps")
         vector = min(tile.load_vector or 8, load_vector(problem))

@@ -100,6 +100,15 @@ def span(problem: DepthwiseProblem, columns: int) -> int:
     return (columns - 1) * problem.stride[2] + (problem.filter[2] - 1) * problem.dilation[2] + 1
 
 
+def without_matrices(problem: DepthwiseProblem, device: DeviceSpec) -> str | None:
+    """Why tensor cores can't sum the products."""
+    if problem.element_bytes != 2:
+        return f"tensor cores take 16-bit elements, not {problem.dtype}"
+    if device.sm < 80:
+        return f"{device.arch} has no tensor cores for products of 16×8×16"
+    return None
+
+
 def rows_of(problem: DepthwiseProblem, rows: int) -> int:
     """Rows of x that `rows` neighbouring outputs reach over."""
     return (rows - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1

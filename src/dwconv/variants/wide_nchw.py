@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
@@ -33,8 +33,7 @@ class WideNchw(Variant):
             yield self.plan(problem, device, tile)
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
-        found = [self.plan(problem, device, tile) for tile in every_tile(problem, device)]
-        return [plan for plan in found if isinstance(plan, Plan)]
+        return legal(self.plan(problem, device, tile) for tile in every_tile(problem, device))
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
         """The plan of one tile, or why it is not legal."""

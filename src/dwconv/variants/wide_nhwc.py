@@ -11,7 +11,7 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
-from .strips import too_long
+from .strips import too_long, window_columns
 from .wide_rows import (
     Cut,
     Tile,
@@ -134,7 +134,7 @@ def tiles(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
     # The march: its thread has the filter, as many rows of sums as an input row adds to, and the row's window.
     live = -(-problem.filter[0] // problem.stride[0])
     for columns in (7, 4, 2):
-        window = (columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+        window = window_columns(problem, columns)
         fits = problem.taps + live * columns + window <= MARCH_REGISTERS and problem.taps <= MARCH_TAPS
         if single and fits and problem.dilation[0] == 1 and problem.filter[0] > 1:
             if columns == 7:

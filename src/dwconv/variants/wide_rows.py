@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
+from .strips import window_columns
 
 NARROW = 8  # images of so few columns are compiled for: at 7x7 on 7x7, 12 of 49 products are with padding
 
@@ -150,7 +151,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
     unit_rows = height if tile.march else min(tile.rows, height)
     chunks = -(-problem.out_channels // tile.channels)
 
-    columns = (groups * tile.columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+    columns = window_columns(problem, groups * tile.columns)
     skipped = 0
     if narrow(problem, tile, groups * column_strips):
         columns, skipped = problem.size[1], problem.padding[1][0]
