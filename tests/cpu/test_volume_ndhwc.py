@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dwconv import reference
 from dwconv.compile import compile_plan
 from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
-from dwconv.plan import Plan, Rejection
+from dwconv.plan import Plan, Rejection, fast_divisor
 from dwconv.problem import DepthwiseProblem
 from dwconv.variants import REGISTRY
 from dwconv.variants.volume_ndhwc import VolumeNdhwc
@@ -60,6 +61,21 @@ TILES = [
     Tile(4, matrix=True, resident=3),
     Tile(1, 8, matrix=True, resident=2, stages=2, unroll=True),
     Tile(2, matrix=True, held=True, rotate=True),
+    Tile(8, 1, cubes=True, stages=2),
+    Tile(8, 2, cubes=True),
+    Tile(8, 4, cubes=True),
+]
+# For cubes of outputs: rows that are one stretch of memory, copied 16, 8 and 4 bytes at a time, and others; the last
+# pixels, rows, planes and channels of tiles are missing; filters of fewer taps.
+CUBES = [
+    problem(1, 54, (5, 11, 12), (3, 3, 3), padding=1, dtype="float16"),
+    problem(2, 6, (4, 9, 20), (3, 3, 3), padding=1, dtype="bfloat16", bias=True),
+    problem(1, 2, (1, 3, 30), (3, 3, 3), padding=1, dtype="float16"),
+    problem(2, 10, (5, 17, 9), (3, 3, 3), padding=((0, 2), (2, 1), (1, 0)), dtype="float16", epilogue=EVERYTHING),
+    problem(1, 6, (2, 4, 8), (3, 3, 3), padding=((4, 0), (0, 5), (6, 1)), dtype="float16"),  # padding over the filter
+    problem(1, 64, (3, 9, 10), (3, 3, 3), padding=1, dtype="bfloat16"),  # two chunks of channels
+    problem(1, 100, (2, 5, 6), (3, 3, 3), dtype="float16", padding=1),  # the last chunk is not full
+    cropped(problem(2, 20, (4, 9, 12), (2, 3, 1), padding=((1, 0), (4, 0), (0, 5)), dtype="float16"), 8),
 ]
 
 
@@ -79,6 +95,14 @@ def more_plans(p: DepthwiseProblem) -> list[Plan]:
     tiles = [replace(tile, reload=p.stride[0] > p.filter[0]) for tile in TILES]
     plans = (VARIANT.plan(p, ONE_MULTIPROCESSOR, tile) for tile in tiles)
     return [plan for plan in plans if isinstance(plan, Plan)]
+
+
+def in_parts(plan: Plan, share: int) -> Plan:
+    """A plan of cubes whose blocks make `share` output planes each."""
+    parts = -(-plan.problem.out_size[0] // share)
+    before = plan.tiling[6]
+    tiling = (*plan.tiling[:6], *fast_divisor(parts), *plan.tiling[9:-2], share, plan.tiling[-1])
+    return replace(plan, tiling=tiling, grid=(plan.grid[0] // before * parts, 1, 1))
 
 
 def bits(y: torch.Tensor) -> torch.Tensor:
@@ -118,6 +142,40 @@ def test_every_tile_is_within_rounding(p):
         assert case.mismatch(plan, order_seed=3) is None
 
 
+@pytest.mark.parametrize("p", CUBES, ids=problem_id)
+def test_cubes_are_within_rounding(p):
+    tiles = (Tile(8, columns, cubes=True, stages=stages) for columns, stages in ((1, 2), (2, 3)))
+    plans = [plan for tile in tiles if isinstance(plan := VARIANT.plan(p, ONE_MULTIPROCESSOR, tile), Plan)]
+    plans.append(in_parts(plans[0], 2))
+    build.build_many(plans)
+    for not_finite in (False, True):
+        case = Case(p, seed=4, not_finite=not_finite)
+        for plan in plans:
+            for order_seed in (None, 4):
+                assert case.mismatch(plan, order_seed) is None
+
+
+def test_cubes_keep_not_finite_filters_where_they_belong():
+    p = problem(1, 6, (4, 9, 10), (3, 3, 3), padding=1, dtype="float16")
+    case = Case(p, seed=5)
+    x, weight, bias = case.inputs
+    weight[1, 0, 0, 2, 1], weight[4, 0, 2, 1, 1] = float("inf"), float("nan")
+    case.expected = reference.forward(x, weight, bias, p)
+    plan = VARIANT.plan(p, H200, Tile(8, 2, cubes=True))
+    assert isinstance(plan, Plan)
+    assert case.mismatch(plan) is None
+
+
+@pytest.mark.parametrize("channels", [2, 18, 32, 54, 64, 108])
+def test_cubes_do_not_spill(channels):
+    p = problem(8, channels, (16, 56, 56), (3, 3, 3), padding=1, dtype="bfloat16", bias=True)
+    for plan in (VARIANT.plan(p, H200, tile) for tile in VARIANT.tiles(p) if tile.cubes):
+        if isinstance(plan, Plan):
+            resources = compile_plan(plan).resources
+            assert resources.spill_bytes == 0
+            assert resources.stack_bytes == 0
+
+
 @pytest.mark.parametrize("device", PRESETS.values(), ids=PRESETS)
 @pytest.mark.parametrize("p", SAMPLE[:3], ids=problem_id)
 def test_nothing_spills(p, device):
@@ -145,7 +203,12 @@ def test_rejections_say_why():
     p = problem(1, 6, (6, 9, 16), (3, 3, 3), padding=1, dtype="float16")
     assert "multiplier" in reason(replace(p, multiplier=2), Tile(2, vector=2))
     assert "multiplier" in reason(replace(p, multiplier=2), Tile(2, matrix=True))
+    assert "multiplier" in reason(replace(p, multiplier=2), Tile(8, 2, cubes=True))
+    assert "even number" in reason(replace(p, channels=5), Tile(8, 2, cubes=True))
+    assert "stride" in reason(replace(p, stride=(1, 1, 2)), Tile(8, 2, cubes=True))
+    assert "words" in reason(replace(p, aligned=2), Tile(8, 2, cubes=True))
     assert "16-bit" in reason(replace(p, dtype="float32"), Tile(2, matrix=True))
+    assert "16-bit" in reason(replace(p, dtype="float32"), Tile(8, 2, cubes=True))
     assert "sm_75" in reason(p, Tile(2, matrix=True), PRESETS["sm_75"])
     assert "aligned" in reason(replace(p, aligned=2), Tile(2, vector=2))
     assert "reads its own" in reason(replace(p, stride=(3, 1, 1)), Tile(4))

@@ -2,12 +2,13 @@
 //   y[n,h,i,j,c] = b[c] + sum_{t,u,v} w[c,t,u,v] * x[n, h*SD - PF + t*DD, i*SH - PT + u*DH, j*SW - PL + v*DW, c/M]
 //   x [N,D,H,W,C]   w [C*M,KD,KH,KW]   b [C*M] or null   y [N,OD,OH,OW,C*M]     offsets in elements
 //   A lane makes kRows x kColumns outputs of kVector neighbouring channels of each plane; on tensor cores
-//   (volume_pairs.cuh), a warp makes kRows products. The lanes of a chunk of
-//   kChunk input channels are neighbours; kSpotsX * lanes_y such groups make a tile. shared memory: kStages tiles of x
-//   (and two of float32 for 16-bit ones), the filters, offsets of the tile's vectors grid.x = blocks that take equal
-//   shares of all planes of all tiles (and residues of depth), one after the other least DRAM traffic: x + w + y, once
-//   each; halos between tiles and between segments come from L2
+//   (volume_pairs.cuh), a warp makes kRows products; on sparse ones, cubes of outputs (volume_cubes.cuh). The lanes of
+//   a chunk of kChunk input channels are neighbours; kSpotsX * lanes_y such groups make a tile. shared memory: kStages
+//   tiles of x (and two of float32 for 16-bit ones), the filters, offsets of the tile's vectors grid.x = blocks that
+//   take equal shares of all planes of all tiles (and residues of depth), one after the other least DRAM traffic: x + w
+//   + y, once each; halos between tiles and between segments come from L2
 #pragma once
+#include "volume_cubes.cuh"
 #include "volumes.cuh"
 
 namespace dwconv {
@@ -110,6 +111,15 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
     }
 }
 
+template <class C>
+__device__ __forceinline__ void volume_tile(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
+                                            const VolumeTiling& tiling) {
+    if constexpr (C::kCubes)
+        volume_cubes<C>(tensors, sizes, tiling);
+    else
+        volume_ndhwc<C>(tensors, sizes, tiling);
+}
+
 }  // namespace dwconv
 
 // ---- border: everything above is templates; here the -D defines of one specialisation become its Config ----
@@ -130,6 +140,8 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
 #define DWCONV_STORE_VECTOR 1
 #define DWCONV_LINEAR 0
 #define DWCONV_MATRIX 0
+#define DWCONV_CUBES 0
+#define DWCONV_PLANE 0
 #define DWCONV_COLUMN_ALIGN 1
 #define DWCONV_BATCH 4
 #define DWCONV_ONE_BATCH 0
@@ -146,8 +158,8 @@ struct Config : ProblemConfig {
     static constexpr int kPitch = DWCONV_PITCH, kStages = DWCONV_STAGES, kBatch = DWCONV_BATCH;
     static constexpr bool kOneBatch = DWCONV_ONE_BATCH;
     static constexpr int kLoadVector = DWCONV_LOAD_VECTOR, kStoreVector = DWCONV_STORE_VECTOR;
-    static constexpr bool kLinear = DWCONV_LINEAR, kMatrix = DWCONV_MATRIX;
-    static constexpr int kColumnAlign = DWCONV_COLUMN_ALIGN;
+    static constexpr bool kLinear = DWCONV_LINEAR, kMatrix = DWCONV_MATRIX, kCubes = DWCONV_CUBES;
+    static constexpr int kColumnAlign = DWCONV_COLUMN_ALIGN, kPlane = DWCONV_PLANE;
     static constexpr bool kHeldTaps = DWCONV_HELD_TAPS, kReload = DWCONV_RELOAD, kRotate = DWCONV_ROTATE;
     static constexpr int kUnrollRows = DWCONV_UNROLL_ROWS;
 };
@@ -156,5 +168,5 @@ using Tiling = dwconv::VolumeTiling;
 
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     dwconv_kernel(const dwconv::Tensors<Config::Element> tensors, const dwconv::Sizes sizes, const Tiling tiling) {
-    dwconv::volume_ndhwc<Config>(tensors, sizes, tiling);
+    dwconv::volume_tile<Config>(tensors, sizes, tiling);
 }

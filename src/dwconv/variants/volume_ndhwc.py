@@ -10,6 +10,7 @@ from ..plan import Plan, Rejection, legal
 from ..problem import DepthwiseProblem
 from .base import Variant
 from .strips import divided, widest
+from .volume_cubes import by_prediction, cubes_plan, tiles_of
 from .volumes import (
     HELD_TAPS,
     March,
@@ -71,6 +72,8 @@ class VolumeNdhwc(Variant):
         """Every tile that comes into question, fastest first as measured (docs/variants/volume_ndhwc.md)."""
         reload = needs_reload(problem)
         flows = March.of(problem, reload).period == 1
+        if problem.taps == 27 and problem.element_bytes == 2:
+            yield from tiles_of(problem)
         if flows and problem.filter[0] >= 5 and problem.taps >= MANY_TAPS:
             for rows in (2, 1):  # more than 5 ages are too many to unroll the march by
                 yield Tile(rows, matrix=True, reload=reload, rotate=problem.filter[0] <= 5, min_blocks=2)
@@ -88,7 +91,8 @@ class VolumeNdhwc(Variant):
         return legal(self.plan(problem, device, tile) for tile in self.tiles(problem))
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        yield from first_legal(self.stem, [(t, self.plan(problem, device, t)) for t in self.tiles(problem)])
+        plans = [(t, self.plan(problem, device, t)) for t in self.tiles(problem)]
+        yield from first_legal(self.stem, by_prediction(plans))
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
         """The plan of one tile, or why it is not legal."""
@@ -96,6 +100,8 @@ class VolumeNdhwc(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
+        if tile.cubes:
+            return cubes_plan(self.stem, problem, device, tile)
         if reason := rejected_tile(problem, tile):
             return rejected(reason)
         if tile.matrix:
@@ -174,6 +180,8 @@ class VolumeNdhwc(Variant):
                 "LOAD_VECTOR": vector,
                 "STORE_VECTOR": tile.vector,
                 "MATRIX": 0,
+                "CUBES": 0,
+                "PLANE": 0,
                 "LINEAR": int(linear),
                 "COLUMN_ALIGN": align,
             }
@@ -261,6 +269,8 @@ class VolumeNdhwc(Variant):
                 "PITCH": pitch,
                 "LOAD_VECTOR": vector,
                 "MATRIX": 1,
+                "CUBES": 0,
+                "PLANE": 0,
                 "LINEAR": 0,
                 "COLUMN_ALIGN": 1,
             }

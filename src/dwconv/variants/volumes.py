@@ -39,6 +39,8 @@ class Tile:
         unroll: the filter's rows are unrolled even where they are read from shared memory.
         resident: blocks of a multiprocessor among which all planes are shared out; 0 gives a block whole marches, or
             parts of them where the problem is small.
+        cubes: channels last: sparse tensor cores make cubes of 2×2×2 outputs; a warp has `columns` products beside one
+            another, of four columns and eight rows each.
     """
 
     rows: int
@@ -56,12 +58,16 @@ class Tile:
     matrix: bool = False
     unroll: bool = False
     resident: int = 0
+    cubes: bool = False
 
     def __str__(self) -> str:
         channels = f" × {self.vector} channels" if self.vector > 1 else ""
         outputs = f"{self.rows} rows × {self.columns} columns{channels} a lane"
         if self.matrix:
             outputs = f"{self.rows} products of 128 outputs a warp on tensor cores"
+        if self.cubes:
+            outputs = f"cubes of outputs on sparse tensor cores, {self.columns} products a warp"
+            return f"{outputs}, two planes a step, {self.stages} steps in shared memory"
         filter = "filter in registers" if self.held else "filter in shared memory"
         planes = "planes read again for every output" if self.reload else "planes read once"
         return f"{outputs}, {self.threads} threads, {self.stages} planes in shared memory, {filter}, {planes}"
