@@ -47,6 +47,30 @@ __device__ __forceinline__ void copy_piece_or_zero(void* to, const void* from, b
     *static_cast<Bits*>(to) = exists ? __ldg(static_cast<const Bits*>(from)) : Bits();
 }
 
+// The same, if `is_wanted` is not negative. Nothing branches.
+template <int Bytes, bool Cached>
+__device__ __forceinline__ void copy_wanted_or_zero(void* to, const void* from, bool exists, int is_wanted) {
+#ifdef DWCONV_ASYNC_COPIES
+    if constexpr (Bytes == 16) {
+        const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+        if constexpr (Cached)
+            asm volatile(
+                "{\n.reg .pred wanted, left_out;\nsetp.ge.s32 wanted, %3, 0;\nsetp.eq.s32 left_out, %2, 0;\n"
+                "@wanted cp.async.ca.shared.global [%0], [%1], 16, left_out;\n}" ::"r"(address),
+                "l"(from), "r"(static_cast<int>(exists)), "r"(is_wanted)
+                : "memory");
+        else
+            asm volatile(
+                "{\n.reg .pred wanted, left_out;\nsetp.ge.s32 wanted, %3, 0;\nsetp.eq.s32 left_out, %2, 0;\n"
+                "@wanted cp.async.cg.shared.global [%0], [%1], 16, left_out;\n}" ::"r"(address),
+                "l"(from), "r"(static_cast<int>(exists)), "r"(is_wanted)
+                : "memory");
+        return;
+    }
+#endif
+    if (is_wanted >= 0) copy_piece_or_zero<Bytes, Cached>(to, from, exists);
+}
+
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void end_of_copies() {
 #ifdef DWCONV_ASYNC_COPIES

@@ -90,46 +90,59 @@ __device__ __forceinline__ unsigned another(unsigned word, unsigned zero, int nu
 // first one.
 template <class C>
 struct SparseBand {
-    static constexpr int kShift = C::kLead - C::kPadLeft;  // s; negative where the padding isn't kept
-    static constexpr int kSteps = C::kSteps;               // products that a filter row takes, 16 pixels each
+    static constexpr int kShift = C::kLead - C::kPadLeft;            // s; negative where the padding isn't kept
+    static constexpr int kSteps = C::kSteps;                         // products that a filter row takes, 16 pixels each
+    static constexpr int kLast = (C::kFilterW - 1) * C::kDilationW;  // where the last tap is, in pixels from the first
     // Pixels that taps of a group reach: where images are taken as a whole, all of a row; padding isn't kept then.
-    static constexpr int kReach =
-        C::kWhole ? C::kColumns : (C::kGroup - 1) * C::kStrideW + kShift + (C::kFilterW - 1) * C::kDilationW + 1;
+    static constexpr int kReach = C::kWhole ? C::kColumns : (C::kGroup - 1) * C::kStrideW + kShift + kLast + 1;
     static_assert(kReach <= 16 * kSteps, "a row's products read all pixels that the taps reach");
-    // A filter row in shared memory: tap v at kOrigin + v * DW, zeros around; pixel p of output o is at
-    // p + kOrigin - SW * o - s.
-    static constexpr int kOrigin = larger((C::kGroup - 1) * C::kStrideW + kShift, 0);
-    static constexpr int kPitch =
-        ceil_div(kOrigin + larger(16 * kSteps - kShift, (C::kFilterW - 1) * C::kDilationW + 1), 8) * 8;
-    // Twice, the second time one element earlier: pairs of neighbours are words in one or the other.
-    static constexpr int kCopy = C::kFilterH * kPitch, kFilterElements = 2 * kCopy;
+    // A warp's filters in shared memory, as the words that A consists of: of two neighbouring pixels i and i + 1,
+    // counted from the first tap, those of all channels and filter rows are an entry, i + 1 its number. All that reach
+    // no tap are the entry kZero. Entries are an odd number of pairs of words apart, so that they begin in different
+    // banks.
+    static constexpr int kOwn = 2 * C::kPairs, kZero = kLast + 2;
+    static constexpr int kEntry = C::kFilterH * kOwn + (C::kFilterH * kOwn / 2 % 2 == 0 ? 2 : 0);  // words
+    static constexpr int kWords = ceil_div((kZero + 1) * kEntry, 4) * 4;                           // of a warp
 };
 
-// Writes a tap where it belongs in a filter's rows.
+// Writes a tap of the warp's o-th channel where it belongs in the words.
 template <class C>
-__device__ __forceinline__ void spread_tap(typename C::Element* rows, int u, int v, typename C::Element tap) {
+__device__ __forceinline__ void spread_tap(unsigned* words, int u, int v, int o, typename C::Element tap) {
     using B = SparseBand<C>;
-    const int at = u * B::kPitch + B::kOrigin + v * C::kDilationW;
-    rows[at] = tap;
-    if (at > 0) rows[B::kCopy + at - 1] = tap;
+    auto* const halves =
+        reinterpret_cast<typename C::Element*>(words + v * C::kDilationW * B::kEntry + u * B::kOwn + o);
+    halves[1] = tap;
+    halves[2 * B::kEntry] = tap;
 }
 
-// A lane's part of A of filter row u, for pixels 16 * step onwards. `rows`: the filter rows of the first channel of the
-// two; those of the second one follow.
+// A lane's part of A of all channels and filter rows, for pixels 16 * step onwards.
 template <class C>
-__device__ __forceinline__ uint4 sparse_band(const typename C::Element* rows, int u, int step) {
+__device__ __forceinline__ void read_bands(uint4 (&bands)[C::kPairs][C::kFilterH][C::kSteps], int step,
+                                           const unsigned* words) {
     using B = SparseBand<C>;
-    const int lane = threadIdx.x % 32;
-    const int first = B::kOrigin - B::kShift - C::kStrideW * smaller(lane / 4, C::kGroup - 1);
-    const unsigned* at =
-        reinterpret_cast<const unsigned*>(rows + first % 2 * B::kCopy + (first - first % 2)) + lane % 4;
-    const auto pair = [at, u, step](int channel, int s) {
-        const unsigned taps = at[(channel * B::kFilterElements + u * B::kPitch + 16 * step + s) / 2];
-        if constexpr (!C::kWhole) return taps;
-        const int beyond = 16 * step + s + static_cast<int>(threadIdx.x % 4 * 2) - B::kReach;  // the image's columns
-        return beyond >= 0 ? 0u : beyond == -1 ? taps & 0xffffu : taps;
-    };
-    return uint4{pair(0, 0), pair(1, 0), pair(0, 8), pair(1, 8)};
+    const int lane = threadIdx.x % 32, column = 2 * (lane % 4) - C::kStrideW * smaller(lane / 4, C::kGroup - 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int first = 16 * step + 8 * half;
+        const int beyond = first + 2 * (lane % 4) - B::kReach;  // the image's columns, if it is taken as a whole
+        const unsigned number = C::kWhole && beyond >= 0 ? B::kZero : first + column - B::kShift + 1;
+        const uint2* const entry =
+            reinterpret_cast<const uint2*>(words + min(number, static_cast<unsigned>(B::kZero)) * B::kEntry);
+        const unsigned mask = beyond == -1 ? 0xffffu : 0xffffffffu;
+#pragma unroll
+        for (int u = 0; u < C::kFilterH; ++u)
+#pragma unroll
+            for (int p = 0; p < C::kPairs; ++p) {
+                uint2 pair = first >= B::kReach ? uint2{0, 0} : entry[u * C::kPairs + p];
+                if (C::kWhole && B::kReach % 2 != 0 && first < B::kReach && first + 8 > B::kReach) {
+                    pair = {pair.x & mask, pair.y & mask};
+                    keep(pair.x);
+                    keep(pair.y);
+                }
+                (half == 0 ? bands[p][u][step].x : bands[p][u][step].z) = pair.x;
+                (half == 0 ? bands[p][u][step].y : bands[p][u][step].w) = pair.y;
+            }
+    }
 }
 
 }  // namespace dwconv

@@ -10,36 +10,42 @@ struct SparseTaps {
     using R = SparseRows<C>;
     using B = SparseBand<C>;
     using T = typename C::Element;
-    static constexpr int kTaps = C::kFilterH * C::kFilterW, kEach = ceil_div(kTaps, 32), kOwn = 2 * C::kPairs;
+    static constexpr int kTaps = C::kFilterH * C::kFilterW, kEach = ceil_div(kTaps, 32), kOwn = B::kOwn;
     T taps[kOwn][kEach];
-    float bias[kOwn];
+    T bias[kOwn];
     ChannelValues<float> values[kOwn];
 
     __device__ __forceinline__ SparseTaps(const Tensors<T>& tensors, const Sizes& sizes, int first_channel) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        // Of a warp's channels all exist, or none.
+        const int first = smaller(first_channel + warp * kOwn, static_cast<int>(sizes.out_channels) - kOwn);
+        const T* const own = tensors.w + (static_cast<long long>(first) * kTaps + lane);
+#pragma unroll
+        for (int k = 0; k < kEach; ++k)
+#pragma unroll
+            for (int o = 0; o < kOwn; ++o)
+                if (32 * k + lane < kTaps) taps[o][k] = load_one(own + (o * kTaps + 32 * k));
 #pragma unroll
         for (int o = 0; o < kOwn; ++o) {
-            const int of = smaller(first_channel + warp * kOwn + o, static_cast<int>(sizes.out_channels) - 1);
-            const T* filter = tensors.w + static_cast<long long>(of) * kTaps;
-#pragma unroll
-            for (int k = 0; k < kEach; ++k) taps[o][k] = load_one(filter + smaller(32 * k + lane, kTaps - 1));
-            bias[o] = C::kHasBias ? static_cast<float>(load_one(tensors.b + of)) : 0.0f;
-            values[o] = channel_values<C>(tensors, of);
+            bias[o] = T();
+            if constexpr (C::kHasBias) bias[o] = load_one(tensors.b + first + o);
+            values[o] = channel_values<C>(tensors, first + o);
         }
     }
 
     // Spreads them over the warp's part of shared memory.
-    __device__ __forceinline__ void spread(T* rows) const {
+    __device__ __forceinline__ void spread(unsigned* words) const {
         const int lane = threadIdx.x % 32;
-        for (int at = lane; at < kOwn * B::kFilterElements / 8; at += 32)
-            reinterpret_cast<uint4*>(rows)[at] = uint4{0, 0, 0, 0};
+#pragma unroll
+        for (int at = 0; at < B::kWords / 4; at += 32)
+            if (at + lane < B::kWords / 4) reinterpret_cast<uint4*>(words)[at + lane] = uint4{0, 0, 0, 0};
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < kEach; ++k) {
             const int tap = 32 * k + lane, u = R::tap_row(tap), v = R::tap_column(tap);
 #pragma unroll
             for (int o = 0; o < kOwn; ++o)
-                if (tap < kTaps) spread_tap<C>(rows + o * B::kFilterElements, u, v, taps[o][k]);
+                if (tap < kTaps) spread_tap<C>(words, u, v, o, taps[o][k]);
         }
         __syncwarp();
     }
@@ -63,45 +69,37 @@ struct SparseMarch {
     float sums[C::kPairs][C::kTiles][R::kLive][4];  // [channel of the pair][neighbouring groups]
     float check[2] = {0, 0};                        // NaN as soon as a sum was not finite
 
-    // `filters`: shared memory for the filters of all warps.
-    __device__ __forceinline__ SparseMarch(const SparseTaps<C>& taps, const SparseTiling& tiling, T* filters) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        channel = warp * kOwn;
+    // `words`: shared memory for the filters of all warps.
+    __device__ __forceinline__ SparseMarch(const SparseTaps<C>& taps, const SparseTiling& tiling, unsigned* words) {
+        const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, octet = warp * kOwn / 8;
+        const int of_octet = static_cast<int>(warp * kOwn % 8 * 2);
+        channel = static_cast<int>(warp * kOwn);
         zero = unknown_zero();
-        const int groups = static_cast<int>(tiling.slot_groups.divisor);
-        const int last = groups * static_cast<int>(tiling.slots.divisor) - 1;
+        const unsigned groups = tiling.slot_groups.divisor, last = groups * tiling.slots.divisor - 1;
 #pragma unroll
         for (int tile = 0; tile < C::kTiles; ++tile) {
-            const int group = smaller(R::group_of(8 * tile + lane / 4), last);  // beyond: the last one again
-            const int slot = static_cast<int>(tiling.slot_groups.quotient(group));
-            const int pixel =
-                slot * static_cast<int>(tiling.width) + (group - slot * groups) * (C::kGroup * C::kStrideW) + lane % 4;
+            const unsigned group = min(R::group_of(8 * tile + lane / 4), last);  // beyond: the last one again
+            const unsigned slot = tiling.slot_groups.quotient(group);
+            const unsigned pixel = slot * tiling.width + (group - slot * groups) * (C::kGroup * C::kStrideW) + lane % 4;
 #pragma unroll
             for (int k = 0; k < kOffsets; ++k) {
-                offsets[tile][k] = R::place(pixel + 4 * k, channel / 8) + channel % 8 * 2;
+                offsets[tile][k] = R::place(pixel + 4 * k, octet) + of_octet;
                 keep(offsets[tile][k]);
             }
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            into[e] = R::template place<false>(R::group_of(lane % 4 * 2 + e) * C::kPitch + lane / 4, channel / 8) +
-                      channel % 8 * 2;
+            into[e] = R::template place<false>(R::group_of(lane % 4 * 2 + e) * C::kPitch + lane / 4, octet) + of_octet;
             keep(into[e]);
         }
-        T* const rows = filters + channel * B::kFilterElements;
-        taps.spread(rows);
+        taps.spread(words + warp * B::kWords);
+#pragma unroll
+        for (int step = 0; step < B::kSteps; ++step) read_bands<C>(bands, step, words + warp * B::kWords);
 #pragma unroll
         for (int o = 0; o < kOwn; ++o) {
-            bias[o] = taps.bias[o];
+            bias[o] = static_cast<float>(taps.bias[o]);
             values[o] = taps.values[o];
         }
-#pragma unroll
-        for (int p = 0; p < C::kPairs; ++p)
-#pragma unroll
-            for (int u = 0; u < C::kFilterH; ++u)
-#pragma unroll
-                for (int step = 0; step < B::kSteps; ++step)
-                    bands[p][u][step] = sparse_band<C>(rows + 2 * p * B::kFilterElements, u, step);
     }
 
     // After a unit's last step. Rare, so it shall not become a selection for every register.
@@ -183,7 +181,7 @@ struct SparseMarch {
     __device__ __forceinline__ void put(const Tensors<T>& tensors, const Sizes& sizes, const SparseTiling& tiling,
                                         const SparseStep& step, int k, int j, int of, unsigned char* row) {
         const int of_row = C::kWhole ? k : R::kLive - 1;
-        if (C::kHasResidual && !(step.rows & 256u << k)) return;
+        if (C::kHasResidual && !(step.made & 1u << k)) return;
 #pragma unroll
         for (int tile = 0; tile < C::kTiles; ++tile)
 #pragma unroll
@@ -236,7 +234,7 @@ struct SparseMarch {
             const int own = of + channel + number % kOwn;
             int column;
             long long of_image, pixel;
-            if (!(step.rows & 256u << k) || own >= sizes.out_channels ||
+            if (!(step.made & 1u << k) || own >= sizes.out_channels ||
                 !find(sizes, tiling, step.image, step.row + k, j, group / 2, group % 2, column, of_image, pixel))
                 continue;
             const float made = static_cast<float>(tensors.y[pixel + own]);

@@ -38,16 +38,25 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
     SparseStep* const lines = reinterpret_cast<SparseStep*>(results + tiling.table);
 
     const SparseTaps<C> taps(tensors, sizes, first_channel);
-    const SparseSteps<C> steps(position, end_position, sizes, tiling);
+    SparseSteps<C> steps(position, end_position, sizes, tiling);
     const SparseFetch<C> fetch(tensors.x, sizes, tiling, first_channel, first_column);
     const long long x_row = 2 * sizes.x_row, out_row = 2 * static_cast<long long>(tiling.y_row);
+    int copied = 0;
 #pragma unroll 1
-    for (int k = 0; k < steps.kAhead; ++k) fetch.copy(steps.copies(k), x_row, stages + k * stage_bytes, row_bytes);
+    for (; copied < steps.early(); ++copied)
+        fetch.copy(steps.early_reads(copied), x_row, stages + copied * stage_bytes, row_bytes);
+    steps.number_all();
     steps.write(lines);
-    clear_beside<C>(stages, smaller(C::kStages, steps.count), sizes, tiling, first_channel, first_column);
-    SparseMarch<C> march(taps, tiling, reinterpret_cast<T*>(results));
-    march.begin();
+    if (copied < steps.kAhead) {  // the first unit is short
+        __syncthreads();
+#pragma unroll 1
+        for (; copied < steps.kAhead; ++copied)
+            fetch.copy(SparseStep::read(lines + copied), x_row, stages + copied * stage_bytes, row_bytes);
+    }
+    clear_beside<C>(stages, sizes, tiling, first_column);
     const SparseStores<C> stores(tensors.y, sizes, tiling, first_channel, first_column);
+    SparseMarch<C> march(taps, tiling, reinterpret_cast<unsigned*>(results));
+    march.begin();
     int stage = 0, free = steps.kAhead * stage_bytes, put = 0;  // stages to read and to fill; results to fill
     unsigned made = 0;                                          // what the step before made, and where it belongs
     long long made_to = 0;
@@ -58,7 +67,7 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
         const SparseStep now = SparseStep::read(lines + at);
         typename SparseMarch<C>::Pixels pixels;
         march.load(pixels, stages + stage);
-        fetch.copy(now, x_row, stages + free, row_bytes);
+        fetch.copy(SparseStep::read(lines + at + steps.kAhead), x_row, stages + free, row_bytes);
         free = stage;
 #pragma unroll
         for (int d = 0; d < C::kRows; ++d) {
@@ -80,7 +89,7 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
 #pragma unroll
             for (int k = 0; k < kEach; ++k)
                 if (d * kEach + k < R::kOutputs)
-                    stores.store(words[k], made_to + (d * kEach + k) * out_row, made & 256u << (d * kEach + k));
+                    stores.store(words[k], made_to + (d * kEach + k) * out_row, made & 1u << (d * kEach + k));
             if (d + 1 < C::kRows) march.load(pixels, stages + (stage + (d + 1) * row_bytes));
             if constexpr (C::kWhole) {
 #pragma unroll
@@ -92,20 +101,21 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
         }
         stage = stage + stage_bytes == static_cast<int>(tiling.results) ? 0 : stage + stage_bytes;
         put = kStepResults - put;
-        made = now.rows;
+        made = now.made;
         made_to = now.to;
-        if (!C::kWhole && now.begins) march.begin();
+        if (!C::kWhole && (now.made & SparseStep::kBegins)) march.begin();
     }
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < R::kOutputs; ++k) {
         typename SparseStores<C>::Words words;
         stores.read(words, results + (kStepResults - put + k * R::kResults));
-        stores.store(words, made_to + k * out_row, made & 256u << k);
+        stores.store(words, made_to + k * out_row, made & 1u << k);
     }
     const float check = march.check[0] + march.check[1];
     __syncthreads();
-    if (check == 0.0f) return;
+    // Channels that don't exist were never copied.
+    if (check == 0.0f || first_channel + march.channel >= sizes.out_channels) return;
 #pragma unroll 1
     for (int at = 0; at != steps.count; ++at)
         march.repair(tensors, sizes, tiling, SparseStep::read(lines + at), first_column, first_channel);

@@ -23,16 +23,32 @@ struct SparseTiling {
     unsigned y_row, y_column;  // elements of y from row to row, from column to column
 };
 
+// Elements of y from image to image; like those of x they are fewer than 2^31.
+__device__ __forceinline__ int image_of_y(const Sizes& sizes) {
+    return static_cast<int>(sizes.out_h) * static_cast<int>(sizes.out_w) * static_cast<int>(sizes.out_channels);
+}
+
+// One multiplication, also where the compiler would widen a factor outside of a loop, and need three.
+__device__ __forceinline__ long long wide_product(int a, int b) {
+    long long product = static_cast<long long>(a) * b;
+#ifndef DWCONV_EMULATOR
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+#endif
+    return product;
+}
+
 template <class C>
 struct SparseRows {
     // Eight channels are an octet. The octets of a pixel change places from pixel to pixel such that those of the same
     // channels of eight neighbouring pixels are in different banks; kFolded: those of twice four, eight pixels apart.
-    static constexpr int kOctets = C::kChannels / 8;
-    static constexpr int kTurns = kOctets % 8 == 0 ? 8 : kOctets % 4 == 0 ? 4 : kOctets % 2 == 0 ? 2 : 1;
+    static constexpr unsigned kOctets = C::kChannels / 8;
+    static constexpr unsigned kThreadPixels = C::kThreads / kOctets;  // that all threads copy or store at once
+    static_assert(C::kThreads % kOctets == 0, "a thread's pieces are of the same octet");
+    static constexpr unsigned kTurns = kOctets % 8 == 0 ? 8 : kOctets % 4 == 0 ? 4 : kOctets % 2 == 0 ? 2 : 1;
     template <bool Folded = C::kFolded>
-    __device__ __forceinline__ static int place(int pixel, int octet) {  // in bytes of a row
-        const int number = Folded ? pixel ^ (pixel / 2 & 4) : pixel;
-        return 16 * (pixel * kOctets + (octet ^ (number / (8 / kTurns) & (kTurns - 1))));
+    __device__ __forceinline__ static int place(unsigned pixel, unsigned octet) {  // in bytes of a row
+        const unsigned number = Folded ? pixel ^ (pixel / 2 & 4) : pixel;
+        return static_cast<int>(16 * (pixel * kOctets + (octet ^ (number / (8 / kTurns) & (kTurns - 1)))));
     }
     // After how many pixels the places are the same again.
     static constexpr int kPeriod = C::kFolded ? 16 : 8;
@@ -41,8 +57,8 @@ struct SparseRows {
     static constexpr int kResults = kGroups * C::kPitch * kPixel;  // bytes of a row of results
     // The group of outputs that is column `number` of the products' B. Groups whose pixels are read at the same time,
     // columns 2 * k and 2 * k + 1, are kApart groups apart, so that they are in different banks.
-    __device__ __forceinline__ static int group_of(int number) {
-        const int low = number / 2 % C::kApart;
+    __device__ __forceinline__ static unsigned group_of(unsigned number) {
+        const unsigned low = number / 2 % C::kApart;
         return number / (2 * C::kApart) * (2 * C::kApart) + number % 2 * C::kApart + low;
     }
     // Output rows that a step completes, and that are in the making; the row that completes the first of them; how far
@@ -74,14 +90,16 @@ struct SparseRows {
     static_assert(C::kStages >= 2, "one step's rows are read while another one's arrive");
 };
 
-// A line of the block's timetable: what is copied now, and what is computed now, kStages - 1 steps behind. In bytes,
-// from x and y on, for column 0 and channel 0 of the first image.
+// A line of the block's timetable: what a step reads, which is copied kStages - 1 steps before, and what it completes.
+// In bytes, from x and y on, for column 0 and channel 0 of the first image.
 struct alignas(32) SparseStep {
-    long long from;  // the first row to copy
-    long long to;    // the first output row that is completed
-    unsigned rows;   // bit d: row d of those to copy exists; bit 8 + k: the k-th output row completed is the unit's
-    int image, row;  // of the first output row completed
-    int begins;      // whether a new unit begins after this step
+    long long from;  // the first input row
+    unsigned exist;  // bit d: input row d exists
+    int image;
+    long long to;   // the first output row that is completed
+    unsigned made;  // bit k: the k-th output row completed is the unit's; kBegins: a new unit begins after this step
+    int row;        // the first output row that is completed
+    static constexpr unsigned kBegins = 256;
 
     // Reads a line, 16 bytes at a time.
     __device__ __forceinline__ static SparseStep read(const SparseStep* line) {
@@ -101,13 +119,19 @@ struct SparseSteps {
     using R = SparseRows<C>;
     const Sizes& sizes;
     const SparseTiling& tiling;
-    int height, group, first, of_first, whole, rest;  // output rows: of an image, of the first unit, ...
-    int first_steps, whole_steps;
-    int count;
+    int rows, height, group, first, of_first;  // output rows: of the block, of an image; of the first unit
+    int first_steps;
+    // Found by `number_all`: whole units behind the first one, output rows of the last one.
+    int whole, rest, whole_steps, rest_steps, count;
+    static constexpr int kAhead = C::kStages - 1;  // steps that rows are copied ahead
 
     // Steps that lie above the image as a whole are left out: they add nothing to sums that hold the bias.
     __device__ __forceinline__ static int above(int out_first) {
         return larger(0, R::kAbove - out_first * C::kStrideH) / C::kRows;
+    }
+    // The input row that a unit's first step begins with.
+    __device__ __forceinline__ static int first_row(int out_first) {
+        return out_first * C::kStrideH - R::kAbove + above(out_first) * C::kRows;
     }
     // Of a unit that makes these output rows.
     __device__ __forceinline__ static int steps(int out_first, int out_end) {
@@ -118,98 +142,101 @@ struct SparseSteps {
     __device__ __forceinline__ SparseSteps(unsigned position, unsigned end, const Sizes& sizes,
                                            const SparseTiling& tiling)
         : sizes(sizes), tiling(tiling) {
-        const int rows = static_cast<int>(end - position);
+        rows = static_cast<int>(end - position);
         height = static_cast<int>(tiling.out_rows.divisor);
         group = static_cast<int>(tiling.out_rows.quotient(position));
         first = static_cast<int>(position) - group * height;
         of_first = smaller(rows, height - first);
+        first_steps = steps(first, first + of_first);
+    }
+
+    // What isn't needed before the first copies are issued.
+    __device__ __forceinline__ void number_all() {
         whole = static_cast<int>(tiling.out_rows.quotient(rows - of_first));
         rest = rows - of_first - whole * height;
-        first_steps = steps(first, first + of_first);
         whole_steps = static_cast<int>(tiling.unit_steps.divisor);
-        count = first_steps + whole * whole_steps + (rest > 0 ? steps(0, rest) : 0);
+        rest_steps = rest > 0 ? steps(0, rest) : 0;
+        count = first_steps + whole * whole_steps + rest_steps;
     }
 
-    // Of one step: its first input row, the first output row that it completes, and their unit.
-    struct Place {
-        int row, out_row, image, out_first, out_end;
-        bool ends;
-    };
-    __device__ __forceinline__ Place place(int at) const {
+    // What a step reads: from input row `row` on, of `image` and those beside it.
+    __device__ __forceinline__ SparseStep reads(int image, int row) const {
+        SparseStep line = {};
+        line.image = image;
+        line.from = 2 * (wide_product(image, static_cast<int>(sizes.x_image)) +
+                         wide_product(row, static_cast<int>(sizes.x_row)));
+#pragma unroll
+        for (int d = 0; d < C::kRows; ++d)
+            line.exist |= static_cast<unsigned>(row + d) < static_cast<unsigned>(sizes.in_h) ? 1u << d : 0u;
+        return line;
+    }
+    __device__ __forceinline__ int image_of(int unit) const {
+        return smaller((group + unit) * static_cast<int>(tiling.slots.divisor),
+                       static_cast<int>(tiling.images - tiling.slots.divisor));
+    }
+
+    // The first steps, whose rows are copied before there is a timetable: those of the first unit, or of whole images.
+    __device__ __forceinline__ int early() const { return C::kWhole ? kAhead : smaller(kAhead, first_steps); }
+    __device__ __forceinline__ SparseStep early_reads(int at) const {
+        if (!C::kWhole) return reads(image_of(0), first_row(first) + at * C::kRows);
+        SparseStep line = reads(image_of(at), 0);
+        if (at * height >= rows) line.exist = 0;
+        return line;
+    }
+
+    // Line `at`.
+    __device__ __forceinline__ SparseStep line(int at) const {
+        if (at >= count) return SparseStep{};
         const int unit = at < first_steps ? 0 : static_cast<int>(tiling.unit_steps.quotient(at - first_steps)) + 1;
         const int of_unit = at < first_steps ? at : at - first_steps - (unit - 1) * whole_steps;
-        Place found;
-        found.out_first = unit == 0 ? first : 0;
-        found.out_end = unit == 0 ? first + of_first : unit <= whole ? height : rest;
-        found.image = smaller((group + unit) * static_cast<int>(tiling.slots.divisor),
-                              static_cast<int>(tiling.images - tiling.slots.divisor));
-        const int before = above(found.out_first) + of_unit;
-        found.row = found.out_first * C::kStrideH - R::kAbove + before * C::kRows;
-        found.out_row = found.out_first + before * R::kOutputs - R::kBehind;
-        found.ends = of_unit + 1 == steps(found.out_first, found.out_end);
-        return found;
-    }
-
-    static constexpr int kAhead = C::kStages - 1;  // steps that rows are copied ahead
-
-    // The part of a line that says what is copied for step `at`.
-    __device__ __forceinline__ SparseStep copies(int at) const {
-        SparseStep line = {};
-        if (at >= count) return line;
-        const Place copied = place(at);
-        line.from = 2 * (copied.image * sizes.x_image + copied.row * sizes.x_row);
-        for (int d = 0; d < C::kRows; ++d)
-            line.rows |= copied.row + d >= 0 && copied.row + d < sizes.in_h ? 1u << d : 0u;
+        const int out_first = unit == 0 ? first : 0;
+        const int out_end = unit == 0 ? first + of_first : unit <= whole ? height : rest;
+        const int row = (unit == 0 ? first_row(first) : first_row(0)) + of_unit * C::kRows;
+        SparseStep line = reads(image_of(unit), row);
+        line.row = C::kWhole ? 0 : (row + R::kAbove) / C::kStrideH - R::kBehind;
+        line.to =
+            2 * (wide_product(line.image, image_of_y(sizes)) + wide_product(line.row, static_cast<int>(tiling.y_row)));
+#pragma unroll
+        for (int k = 0; k < R::kOutputs; ++k)
+            line.made |= line.row + k >= out_first && line.row + k < out_end ? 1u << k : 0u;
+        if (of_unit + 1 == (unit == 0 ? first_steps : unit <= whole ? whole_steps : rest_steps))
+            line.made |= SparseStep::kBegins;
         return line;
     }
 
-    // Line `at`: the rows of step at + kAhead are copied while step `at` is computed.
-    __device__ __forceinline__ SparseStep line(int at) const {
-        SparseStep line = copies(at + kAhead);
-        const Place made = place(at);
-        line.image = made.image;
-        line.row = made.out_row;
-        line.to = 2 * (made.image * sizes.out_h * sizes.out_w * sizes.out_channels +
-                       made.out_row * static_cast<long long>(tiling.y_row));
-        for (int k = 0; k < R::kOutputs; ++k) {
-            const int row = made.out_row + k;
-            line.rows |= row >= made.out_first && row < made.out_end ? 256u << k : 0u;
-        }
-        line.begins = made.ends;
-        return line;
-    }
-
-    // All of them, by all threads.
+    // All of them, by all threads, and those that are copied but never made.
     __device__ __forceinline__ void write(SparseStep* lines) const {
-        for (int at = static_cast<int>(threadIdx.x); at < count; at += C::kThreads) lines[at] = line(at);
+#pragma unroll 1
+        for (int at = static_cast<int>(threadIdx.x); at < count + kAhead; at += C::kThreads) lines[at] = line(at);
     }
 };
 
 // What a thread copies of each row: eight channels of some pixels.
 template <class C>
 struct SparseFetch {
+    using R = SparseRows<C>;
     using T = typename C::Element;
     const unsigned char* from[C::kLoads];  // in row 0 of image 0
     int into[C::kLoads];                   // in bytes of a row of shared memory; negative: nothing
 
     __device__ __forceinline__ SparseFetch(const T* x, const Sizes& sizes, const SparseTiling& tiling,
                                            int first_channel, int first_column) {
-        constexpr int kOctets = SparseRows<C>::kOctets;
+        const unsigned octet = threadIdx.x % R::kOctets, columns = tiling.copied_columns.divisor;
+        const int channel = first_channel + static_cast<int>(octet * 8);
         const int begin = first_column * C::kStrideW - C::kLead;  // of the slot's pixels, in x
-        const int count = static_cast<int>(tiling.slots.divisor * tiling.copied_columns.divisor) * kOctets;
+        const unsigned count = channel < static_cast<int>(sizes.out_channels) ? tiling.slots.divisor * columns : 0;
 #pragma unroll
         for (int k = 0; k < C::kLoads; ++k) {
-            const int number = static_cast<int>(threadIdx.x) + k * C::kThreads;
-            const int octet = number % kOctets, pixel = number / kOctets;
-            const int slot = static_cast<int>(tiling.copied_columns.quotient(pixel));
-            const int column = pixel - slot * static_cast<int>(tiling.copied_columns.divisor);
-            const bool exists = number < count && begin + column >= 0 && begin + column < sizes.in_w &&
-                                first_channel + octet * 8 < sizes.out_channels;
+            const unsigned pixel = threadIdx.x / R::kOctets + k * R::kThreadPixels;
+            const unsigned slot = tiling.copied_columns.quotient(pixel), column = pixel - slot * columns;
+            const int of_x = begin + static_cast<int>(column);
+            const bool exists = pixel < count && static_cast<unsigned>(of_x) < static_cast<unsigned>(sizes.in_w);
             // All of a block's images are within 31 bits of each other.
-            const int at = slot * static_cast<int>(sizes.x_image) + (begin + column) * static_cast<int>(sizes.x_column);
-            from[k] = reinterpret_cast<const unsigned char*>(exists ? x + (at + first_channel + octet * 8) : x);
-            into[k] = SparseRows<C>::place(slot * static_cast<int>(tiling.width) + column, octet);
-            if (!exists) into[k] = -1;
+            unsigned at = slot * static_cast<unsigned>(sizes.x_image) +
+                          static_cast<unsigned>(of_x) * static_cast<unsigned>(sizes.x_column) + channel;
+            keep(at);
+            from[k] = reinterpret_cast<const unsigned char*>(x + at);
+            into[k] = exists ? R::place(slot * tiling.width + column, octet) : -1;
             keep(into[k]);
         }
     }
@@ -217,48 +244,50 @@ struct SparseFetch {
     // Copies the rows of a line to a stage; rows that don't exist become zeros.
     __device__ __forceinline__ void copy(const SparseStep& line, long long row_bytes, unsigned char* stage,
                                          int stage_row) const {
-        const long long first = line.from;
-        const unsigned exist = line.rows;
 #pragma unroll
         for (int k = 0; k < C::kLoads; ++k)
 #pragma unroll
             for (int d = 0; d < C::kRows; ++d)
-                if (into[k] >= 0)
-                    copy_piece_or_zero<16, C::kCached>(stage + (d * stage_row + into[k]),
-                                                       from[k] + (first + d * row_bytes), exist & 1u << d);
+                copy_wanted_or_zero<16, C::kCached>(stage + (d * stage_row + into[k]),
+                                                    from[k] + (line.from + d * row_bytes), line.exist & 1u << d,
+                                                    into[k]);
         end_of_copies();
     }
 };
 
-// Makes zeros of what stands beside the image, where nothing is copied, in as many stages as are used.
+// Makes zeros of the pixels beside the image that products read, in all stages: nothing is copied there.
 template <class C>
-__device__ __forceinline__ void clear_beside(unsigned char* stages, int used, const Sizes& sizes,
-                                             const SparseTiling& tiling, int first_channel, int first_column) {
+__device__ __forceinline__ void clear_beside(unsigned char* stages, const Sizes& sizes, const SparseTiling& tiling,
+                                             int first_column) {
     using R = SparseRows<C>;
-    constexpr int kLanes = C::kWhole ? 8 : 32;  // that clear a slot of a row; whole images have little beside them
-    const int begin = first_column * C::kStrideW - C::kLead, pixels = static_cast<int>(tiling.width);
-    const int slots = static_cast<int>(tiling.slots.divisor);
+    using B = SparseBand<C>;
+    const int begin = first_column * C::kStrideW - C::kLead, slots = static_cast<int>(tiling.slots.divisor);
     // Pixels `left` to `right` - 1 of a slot are the image's.
     const int right = smaller(static_cast<int>(tiling.copied_columns.divisor), static_cast<int>(sizes.in_w) - begin);
-    const int left = smaller(larger(-begin, 0), right), beside = pixels - (right - left);
-    const int octets = smaller(R::kOctets, (static_cast<int>(sizes.out_channels) - first_channel) / 8);
-    const int lane = threadIdx.x % kLanes;
+    const int left = smaller(larger(-begin, 0), right);
+    const int read =
+        (static_cast<int>(tiling.slot_groups.divisor) - 1) * (C::kGroup * C::kStrideW) + ceil_div(B::kReach, 4) * 4;
+    const unsigned beside = static_cast<unsigned>(larger(read - (right - left), 0)) * R::kOctets;
 #pragma unroll 1
-    for (int line = threadIdx.x / kLanes; line < used * C::kRows * slots; line += C::kThreads / kLanes) {
-        const int row = static_cast<int>(tiling.slots.quotient(line)), first = (line - row * slots) * pixels;
-        unsigned char* const at = stages + row * static_cast<int>(tiling.row_bytes);
-#pragma unroll 1
-        for (int number = lane; number < beside * R::kOctets; number += kLanes) {
-            const int k = number / R::kOctets, pixel = k < left ? k : k + (right - left);
-            *reinterpret_cast<uint4*>(at + R::place(first + pixel, number % R::kOctets)) = uint4{0, 0, 0, 0};
-        }
-        if (octets == R::kOctets) continue;
-#pragma unroll 1
-        for (int number = lane; number < pixels * R::kOctets; number += kLanes)
-            if (number % R::kOctets >= octets)
-                *reinterpret_cast<uint4*>(at + R::place(first + number / R::kOctets, number % R::kOctets)) =
-                    uint4{0, 0, 0, 0};
+    for (unsigned number = threadIdx.x; number < beside * slots; number += C::kThreads) {
+        const unsigned k = tiling.slots.quotient(number / R::kOctets), slot = number / R::kOctets - k * slots;
+        const unsigned pixel = k < static_cast<unsigned>(left) ? k : k + (right - left);
+        unsigned char* at = stages + R::place(slot * tiling.width + pixel, number % R::kOctets);
+#pragma unroll
+        for (int row = 0; row < C::kStages * C::kRows; ++row, at += tiling.row_bytes)
+            *reinterpret_cast<uint4*>(at) = uint4{0, 0, 0, 0};
     }
+}
+
+// One instruction, whatever the compiler makes of the address.
+__device__ __forceinline__ void store_16(void* to, const uint4& words) {
+#ifdef DWCONV_EMULATOR
+    *static_cast<uint4*>(to) = words;
+#else
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
+#endif
 }
 
 // What a thread stores of each row: eight channels of some pixels.
@@ -267,28 +296,27 @@ struct SparseStores {
     using R = SparseRows<C>;
     using T = typename C::Element;
     unsigned char* into[C::kStores];  // in row 0 of image 0
-    int from[C::kStores];             // in bytes of a row of the results
-    bool exists[C::kStores];
+    int from[C::kStores];             // in bytes of a row of the results; negative: nothing
 
     __device__ __forceinline__ SparseStores(T* y, const Sizes& sizes, const SparseTiling& tiling, int first_channel,
                                             int first_column) {
-        constexpr int kOctets = SparseRows<C>::kOctets;
-        const int groups = static_cast<int>(tiling.slot_groups.divisor);
-        const int columns = static_cast<int>(tiling.stored_columns.divisor);
-        const int image = static_cast<int>(sizes.out_h * sizes.out_w * sizes.out_channels);
+        const unsigned octet = threadIdx.x % R::kOctets, columns = tiling.stored_columns.divisor;
+        const int channel = first_channel + static_cast<int>(octet * 8);
+        const unsigned count = channel < static_cast<int>(sizes.out_channels) ? tiling.slots.divisor * columns : 0;
 #pragma unroll
         for (int k = 0; k < C::kStores; ++k) {
-            const int number = static_cast<int>(threadIdx.x) + k * C::kThreads;
-            const int octet = number % kOctets, pixel = number / kOctets;
-            const int slot = static_cast<int>(tiling.stored_columns.quotient(pixel));
-            const int column = pixel - slot * columns, group = column / C::kGroup;
-            exists[k] = slot < static_cast<int>(tiling.slots.divisor) && first_column + column < sizes.out_w &&
-                        first_channel + octet * 8 < sizes.out_channels;
-            const int at = slot * image + (first_column + column) * static_cast<int>(tiling.y_column);
-            into[k] = reinterpret_cast<unsigned char*>(exists[k] ? y + (at + first_channel + octet * 8) : y);
-            from[k] = exists[k] ? R::template place<false>(
-                                      (slot * groups + group) * C::kPitch + column - group * C::kGroup, octet)
-                                : 0;
+            const unsigned pixel = threadIdx.x / R::kOctets + k * R::kThreadPixels;
+            const unsigned slot = tiling.stored_columns.quotient(pixel), column = pixel - slot * columns;
+            const int of_y = first_column + static_cast<int>(column);
+            const bool exists = pixel < count && of_y < static_cast<int>(sizes.out_w);
+            unsigned at = slot * image_of_y(sizes) + of_y * tiling.y_column + channel;
+            keep(at);
+            into[k] = reinterpret_cast<unsigned char*>(y + at);
+            // Groups lie kPitch pixels apart. What follows divides less than 2^8 by at most 8, with one multiplication.
+            const unsigned group = column * (65536 / C::kGroup + 1) >> 16;
+            const unsigned of_results =
+                slot * tiling.slot_groups.divisor * C::kPitch + column + group * (C::kPitch - C::kGroup);
+            from[k] = exists ? R::template place<false>(of_results, octet) : -1;
             keep(from[k]);
         }
     }
@@ -297,13 +325,13 @@ struct SparseStores {
     using Words = uint4[C::kStores];
     __device__ __forceinline__ void read(Words& words, const unsigned char* results) const {
 #pragma unroll
-        for (int k = 0; k < C::kStores; ++k) words[k] = *reinterpret_cast<const uint4*>(results + from[k]);
+        for (int k = 0; k < C::kStores; ++k) words[k] = *reinterpret_cast<const uint4*>(results + larger(from[k], 0));
     }
     // `to`: of the row, in bytes.
     __device__ __forceinline__ void store(const Words& words, long long to, bool is_made) const {
 #pragma unroll
         for (int k = 0; k < C::kStores; ++k)
-            if (exists[k] && is_made) *reinterpret_cast<uint4*>(into[k] + to) = words[k];
+            if (from[k] >= 0 && is_made) store_16(into[k] + to, words[k]);
     }
 };
 

@@ -110,7 +110,7 @@ class SparseNhwc(Variant):
         if one.shared_bytes > device.shared_bytes - 1024:
             return rejected(f"a block would take {one.shared_bytes} bytes of shared memory")
         out_image = math.prod(problem.out_size) * problem.channels
-        if grouping.slots * max(image, out_image) + problem.size[1] * column >= 2**31:
+        if max(grouping.slots * max(image, out_image) + problem.size[1] * column, row) >= 2**31:
             return rejected("images of a block are too far apart for 32-bit offsets")
         if steps_of(problem, tile, one.part_rows, one.rows) + tile.stages + 1 > MOST_STEPS:
             return rejected(f"a block can't number more than {MOST_STEPS} steps")
@@ -205,4 +205,4 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     lines *= filled**0.2 if not strided else 1.2 if filled == 1 else 0.7
     again = read_again(problem, one.part_rows)
     dram = (roofline(problem, device).copy - LAUNCH_SECONDS) / lines * (1 + 0.2 * again)
-    return (6.4e-6 if tile.whole else 7.4e-6) + math.pow(dram**1.4 + march**1.4, 1 / 1.4)
+    return (5.9e-6 if tile.whole else 6.8e-6) + math.pow(dram**1.4 + march**1.4, 1 / 1.4)

@@ -220,10 +220,9 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Grouping
     pitch = pitch_of(one.between)
     completed = out_h if tile.whole else tile.rows // stride[0]
     results = 2 * completed * 8 * tile.tiles * pitch * tile.channels
-    origin = max((one.group - 1) * stride[1] + one.lead - problem.padding[1][0], 0)
-    of_row = up(max(16 * one.steps - one.lead + problem.padding[1][0] + origin, origin + window_columns(problem, 1)), 8)
-    filters = 2 * tile.channels * problem.filter[0] * of_row
-    table = up(2 * max(results, filters), 32)
+    words = 2 * tile.pairs * problem.filter[0]  # `dwconv::SparseBand::kEntry`, `kWords`
+    filters = up((window_columns(problem, 1) + 2) * (words + (2 if words % 4 == 0 else 0)), 4)
+    table = up(max(2 * results, 4 * tile.warps * filters), 32)
     row_bytes = 2 * one.slots * width * tile.channels
     stages = tile.stages * tile.rows * row_bytes
     shared_bytes = stages + table + 32 * MOST_STEPS
@@ -280,7 +279,7 @@ def share_of(problem: DepthwiseProblem, places: int, tile: Tile, columns: int, r
     def cost(part_rows: int) -> tuple[bool, float, int]:
         waves = divided(columns * divided(rows, part_rows), places)
         steps = steps_of(problem, tile, part_rows, rows)
-        slower = 1 + 0.06 * read_again(problem, part_rows)
+        slower = 1 + 0.1 * read_again(problem, part_rows)
         return steps + tile.stages + 1 > MOST_STEPS, waves * (steps + 6) * slower, -part_rows
 
     most = max(1, divided(3 * places, columns))
