@@ -9,7 +9,13 @@ import torch
 from dwconv import emulator, reference
 from dwconv.emulator import build
 from dwconv.plan import Plan
-from problems import make_epilogue, make_inputs, make_output
+from problems import (
+    make_epilogue,
+    make_filter_gradient_inputs,
+    make_filter_gradients,
+    make_inputs,
+    make_output,
+)
 
 
 def with_poison(x: torch.Tensor) -> torch.Tensor:
@@ -32,6 +38,32 @@ def check(plan: Plan, order_seed: int | None = None) -> torch.Tensor:
     assert output.guards_are_intact(), "the kernel wrote outside of y"
     assert reference.describe_mismatch(output.y, *reference.forward(*inputs, plan.problem, **epilogue)) is None
     return output.y
+
+
+def check_input_gradient(plan: Plan, order_seed: int | None = None) -> torch.Tensor:
+    """The gradient of x by a plan, checked as `check` does."""
+    grad, weight, _ = make_inputs(plan.problem, seed=5)
+    grad, output = with_poison(grad), make_output(plan.problem, margin=0 if build.sanitizing() else 64)
+    emulator.run(plan, grad, weight, None, output.y, order_seed=order_seed)
+    assert output.guards_are_intact(), "the kernel wrote outside of x's gradient"
+    assert reference.describe_mismatch(output.y, *reference.input_gradient(grad, weight, plan.problem)) is None
+    return output.y
+
+
+def check_filter_gradient(plan: Plan, order_seed: int | None = None, poison: bool = False) -> torch.Tensor:
+    """The gradients of filters and bias by a plan, [C*m, taps (+ 1)]; with `poison`, x holds an Inf and a NaN."""
+    problem = plan.problem
+    x, grad = make_filter_gradient_inputs(problem, seed=5)
+    x = with_poison(x) if poison else x
+    weight, bias = make_filter_gradients(problem, margin=0 if build.sanitizing() else 64)
+    emulator.run_filter_gradient(plan, x, grad, weight.y, None if bias is None else bias.y, order_seed=order_seed)
+    assert weight.guards_are_intact() and (bias is None or bias.guards_are_intact()), "the kernel wrote elsewhere"
+    found = weight.y.view(problem.out_channels, -1)
+    if bias is not None:
+        found = torch.cat([found, bias.y.view(-1, 1)], 1)
+    exact, bound = (each[:, : found.shape[1]] for each in reference.filter_gradient(x, grad, problem))
+    assert reference.describe_mismatch(found, exact, bound) is None
+    return found
 
 
 def check_in_any_order(plan: Plan) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from dwconv.choose import candidates
 from dwconv.device import DeviceSpec
 from dwconv.plan import Plan
-from dwconv.problem import DepthwiseProblem
+from dwconv.problem import DepthwiseProblem, Direction
 from dwconv.variants import REGISTRY
-from problems import every_kind, problem_id
+from problems import as_gradient, every_kind, problem_id
 
-PLAIN = ("one_per_thread", "tile16")  # the same few lines for all problems: a third of them is enough
+PLAIN = ("one_per_thread", "tile16", "one_input_per_thread", "one_tap_per_block")  # the same few lines for all problems: a third of them is enough
 MOST_TILES = 6  # of one variant for one of TILED
 
 # Problems whose legal tiles run, not only the chosen one.
@@ -34,7 +34,7 @@ TILED = [
 ]
 
 
-def chosen_plans(device: DeviceSpec, most: int | None = None) -> list[Plan]:
+def chosen_plans(device: DeviceSpec, most: int | None = None, direction: Direction = "forward") -> list[Plan]:
     """The best plan of every variant that takes a problem, for problems of every kind.
 
     `most` limits how many there are of one variant, dtype, layout and number of dimensions.
@@ -42,7 +42,8 @@ def chosen_plans(device: DeviceSpec, most: int | None = None) -> list[Plan]:
     found: list[Plan] = []
     for number, problem in enumerate(every_kind()):
         best: dict[str, Plan] = {}
-        for plan in candidates(problem, device):
+        posed = problem if direction == "forward" else as_gradient(problem, direction)
+        for plan in candidates(posed, device):
             if isinstance(plan, Plan) and (plan.variant not in PLAIN or number % 3 == 0):
                 best.setdefault(plan.variant, plan)
         found += best.values()

@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dwconv.problem import ACTIVATIONS, DTYPE_BYTES, DepthwiseProblem, Epilogue, Layout, dense_strides
+from dwconv.problem import (
+    ACTIVATIONS,
+    DTYPE_BYTES,
+    DepthwiseProblem,
+    Direction,
+    Epilogue,
+    Layout,
+    contiguous_strides,
+    dense_strides,
+)
 
 POISON = 0xFF  # every byte of memory that nobody may read or that a kernel must overwrite: a NaN in each dtype
 LAYOUTS: tuple[Layout, ...] = ("channels_first", "channels_last")
@@ -336,7 +345,7 @@ def make_inputs(
     margin: int = 0,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, weight and bias (None without) of a problem, standard normal.
+    """x, weight and bias (None without) of a problem, standard normal; for the gradient of x, that of y stands for x.
 
     Each lies in memory of its own that ends with its last element, so that AddressSanitizer sees a read beyond it;
     what lies before it and between its elements is poison.
@@ -349,7 +358,7 @@ def make_inputs(
         device: where.
     """
     make = _Maker(problem, seed, offset, margin, device)
-    x = make.tensor(problem.x_shape, problem.plane_strides)
+    x = make.tensor(problem.source_shape, problem.plane_strides)
     weight = make.contiguous(problem.weight_shape)
     return x, weight, make.contiguous((problem.out_channels,)) if problem.bias else None
 
@@ -366,6 +375,31 @@ def make_epilogue(
     if problem.epilogue.residual:
         found["residual"] = make.tensor(problem.y_shape, dense_strides(problem.y_shape, problem.layout))
     return found
+
+
+def as_gradient(problem: DepthwiseProblem, direction: Direction) -> DepthwiseProblem:
+    """The problem of a gradient of a forward problem's sum."""
+    if direction == "grad_input":
+        return replace(problem, direction=direction, epilogue=NO_EPILOGUE, bias=False, x_strides=())
+    return replace(problem, direction=direction, epilogue=NO_EPILOGUE)
+
+
+def make_filter_gradient_inputs(
+    problem: DepthwiseProblem, seed: int = 0, offset: int | None = None, margin: int = 0, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """x and the gradient of y of a grad_weight problem, made as `make_inputs` makes tensors."""
+    make = _Maker(problem, seed, offset, margin, device)
+    x = make.tensor(problem.x_shape, problem.plane_strides)
+    return x, make.tensor(problem.y_shape, dense_strides(problem.y_shape, problem.layout))
+
+
+def make_filter_gradients(
+    problem: DepthwiseProblem, margin: int = 64, device: str = "cpu"
+) -> tuple[Output, Output | None]:
+    """Room for the gradients of filters and bias (None without)."""
+    weight = _output(problem, problem.weight_shape, contiguous_strides(problem.weight_shape), margin, margin, device)
+    bias = _output(problem, (problem.out_channels,), (1,), margin, margin, device) if problem.bias else None
+    return weight, bias
 
 
 class _Maker:
@@ -414,7 +448,12 @@ class Output:
 def make_output(problem: DepthwiseProblem, offset: int | None = None, margin: int = 64, device: str = "cpu") -> Output:
     """Room for a problem's result. With a margin of 0, AddressSanitizer guards its end instead."""
     front = margin + (first_offset(problem) if offset is None else offset)
-    elements = math.prod(problem.y_shape)
-    memory = poisoned(front + elements + margin, getattr(torch, problem.dtype), device)
-    y = memory.as_strided(problem.y_shape, dense_strides(problem.y_shape, problem.layout), front)
-    return Output(y, memory, front)
+    shape, layout = problem.result_shape, problem.layout
+    return _output(problem, shape, dense_strides(shape, layout), front, margin, device)
+
+
+def _output(
+    problem: DepthwiseProblem, shape: tuple[int, ...], strides: tuple[int, ...], front: int, margin: int, device: str
+) -> Output:
+    memory = poisoned(front + math.prod(shape) + margin, getattr(torch, problem.dtype), device)
+    return Output(memory.as_strided(shape, strides, front), memory, front)

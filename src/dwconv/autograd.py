@@ -1,4 +1,4 @@
-"""Gradients of the operator, by PyTorch's own backward of convolution and of activations."""
+"""Gradients of the operators: those of sums by dwconv's kernels, those of activations by PyTorch's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import emulator
+from .gradient_ops import filter_gradient, input_gradient, torch_gradients
 from .ops import LIBRARY, geometry_of, operator_arguments, run_on_cuda, takes_now, torch_epilogue
-from .tensors import NO_EXTRAS, Extras, Geometry
+from .tensors import NO_EXTRAS, Extras, Geometry, layout_of, result_layout
 
-_aten = torch.ops.aten
+_aten, _ops = torch.ops.aten, torch.ops.dwconv
 
 
 def _silu_backward(grad: Tensor, v: Tensor) -> Tensor:
@@ -92,31 +93,29 @@ def _gradients(ctx: Any, grad: Tensor, needed: list[bool]) -> list[Tensor | None
 def _convolution_gradients(
     ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
 ) -> list[Tensor | None]:
-    """Of x, weight and bias; uneven padding is added to x and cut off its gradient."""
+    """Of x, weight and bias."""
+    geometry: Geometry = ctx.geometry
     if not any(needed):
         return [None, None, None]
-    geometry: Geometry = ctx.geometry
-    even = [min(pair) for pair in geometry.pairs]
-    extra = [(before - least, after - least) for (before, after), least in zip(geometry.pairs, even, strict=True)]
-    uneven = any(map(any, extra))
-    padded = F.pad(x, [pad for pair in reversed(extra) for pad in pair]) if uneven else x
-    grad_x, grad_weight, grad_bias = _aten.convolution_backward(
-        grad,
-        padded,
-        weight,
-        ctx.bias_size,
-        list(geometry.stride),
-        even,
-        list(geometry.dilation),
-        False,
-        [0] * len(even),
-        x.shape[1],
-        needed,
-    )
-    if needed[0] and uneven:
-        window = [slice(before, before + size) for (before, _), size in zip(extra, x.shape[2:], strict=True)]
-        grad_x = grad_x[(slice(None), slice(None), *window)]
-    return [value if need else None for value, need in zip((grad_x, grad_weight, grad_bias), needed, strict=True)]
+    if not x.is_cuda and emulator.active() is None:
+        found = torch_gradients(grad, x, weight, geometry, needed)
+        return [value if need else None for value, need in zip(found, needed, strict=True)]
+    layout = layout_of(x, result_layout(x, weight))
+    shape, taps = tuple(x.shape), tuple(weight.shape[2:])
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or not takes_now(grad, x, weight, None)
+    numbers = geometry.stride, geometry.padding, geometry.dilation
+    grad_x = grad_weight = grad_bias = None
+    if needed[0] and recorded:
+        grad_x = _ops.input_gradient(grad, weight, shape, *numbers, layout == "channels_last")
+    elif needed[0]:
+        grad_x = input_gradient(grad, weight, shape, geometry, layout)
+    if needed[1] and recorded:
+        grad_weight, grad_bias = _ops.filter_gradient(x, grad, taps, *numbers, needed[2], layout == "channels_last")
+    elif needed[1]:
+        grad_weight, grad_bias = filter_gradient(x, grad, taps, geometry, needed[2], layout)
+    elif needed[2]:
+        grad_bias = grad.sum([0, *range(2, grad.dim())])
+    return [grad_x, grad_weight, grad_bias if needed[2] else None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -143,3 +142,40 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *_gradients(ctx, grads[0], list(ctx.needs_input_grad[2:8])))
+
+
+def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Of a gradient: its two tensors, and what comes behind them."""
+    first, second, *ctx.numbers = inputs
+    ctx.save_for_backward(first, second)
+
+
+def _backward_of_input_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of y's gradient and of the filters, from `grad`, which is shaped like x."""
+    grad_y, weight = ctx.saved_tensors
+    _, *numbers, channels_last = ctx.numbers
+    of_grad = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_grad = _ops.convolution(grad, weight, None, None, None, None, *numbers, None)
+    if ctx.needs_input_grad[1]:
+        of_weight, _ = _ops.filter_gradient(grad, grad_y, weight.shape[2:], *numbers, False, channels_last)
+    return of_grad, of_weight, None, None, None, None, None
+
+
+def _backward_of_filter_gradient(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x and of y's gradient, from gradients shaped like the filters and the bias."""
+    x, grad_y = ctx.saved_tensors
+    _, *numbers, bias, channels_last = ctx.numbers
+    of_x = of_grad = None
+    if ctx.needs_input_grad[0]:
+        of_x = _ops.input_gradient(grad_y, grad_weight, x.shape, *numbers, channels_last)
+    if ctx.needs_input_grad[1]:
+        of_grad = _ops.convolution(x, grad_weight, grad_bias if bias else None, None, None, None, *numbers, None)
+    return of_x, of_grad, None, None, None, None, None, None
+
+
+for _name, _formula in (
+    ("input_gradient", _backward_of_input_gradient),
+    ("filter_gradient", _backward_of_filter_gradient),
+):
+    torch.library.register_autograd(f"dwconv::{_name}", _formula, setup_context=_save_factors, lib=LIBRARY)

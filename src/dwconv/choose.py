@@ -21,11 +21,13 @@ def candidates(problem: DepthwiseProblem, device: DeviceSpec, variant: str | Non
         raise DepthwiseError(f"variant={variant!r} is unknown: use one of {', '.join(REGISTRY)}")
     found: list[Plan | Rejection] = []
     lifted = problem.lifted(2)
+    forward = lifted.as_forward()
     for stem, candidate in REGISTRY.items():
         if variant in (None, stem):
-            reason = candidate.unsupported(lifted)
-            found.extend([Rejection(stem, "", reason)] if reason else candidate.candidates(lifted, device))
-    if lifted is not problem:
+            posed = forward if forward is not None and "forward" in candidate.directions else lifted
+            reason = candidate.unsupported(posed)
+            found.extend([Rejection(stem, "", reason)] if reason else candidate.candidates(posed, device))
+    if lifted is not problem or forward is not None:
         found = [replace(c, problem=problem) if isinstance(c, Plan) else c for c in found]
     return sorted(found, key=lambda c: c.predicted_seconds if isinstance(c, Plan) else float("inf"))
 

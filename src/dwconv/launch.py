@@ -127,9 +127,11 @@ def _launch_kernel() -> Any:
 
 
 def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
-    """A function of addresses (x, weight, bias, y; then scale, shift, residual) that launches on the current stream.
+    """A function of addresses that launches on the current stream.
 
-    0 stands for a tensor that the problem hasn't; those of the epilogue may be left out where it has none.
+    They are those of x, weight, bias, y; then scale, shift, residual, which may be left out where there is no epilogue.
+    For the gradient of x: that of y, weight, 0, and the result. For that of the filters: x, the gradient of y, the
+    results for filters and bias, `Plan.partial_bytes` of memory, `Plan.arrivals` zeros. 0 stands for what isn't there.
 
     Everything that doesn't change from call to call is packed here, once.
     """
@@ -140,8 +142,8 @@ def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
     launch_kernel, stream_of, address = _launch_kernel(), torch._C._cuda_getCurrentRawStream, ctypes.addressof
     tensors_type, arguments_type, pointer = ctypes.c_void_p * 7, ctypes.c_void_p * 3, ctypes.c_void_p
 
-    def launch_now(x: int, weight: int, bias: int, y: int, *epilogue: int) -> None:
-        tensors = tensors_type(x, weight, bias, y, *epilogue)  # twin of `dwconv::Tensors`
+    def launch_now(*addresses: int) -> None:
+        tensors = tensors_type(*addresses)  # twin of `dwconv::Tensors`, or of the smaller `dwconv::FilterGradients`
         arguments = arguments_type(address(tensors), address(sizes), address(tiling))
         status = launch_kernel(function, *shape, pointer(stream_of(index)), arguments, None)
         if status:

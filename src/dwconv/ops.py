@@ -39,7 +39,7 @@ LIBRARY.define(
 )
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_MAX_PREPARED = 4096  # problems and calls that are remembered, for streams of shapes
+MAX_PREPARED = 4096  # problems and calls that are remembered, for streams of shapes
 _TORCH = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -101,7 +101,7 @@ def torch_epilogue(y: Tensor, extras: Extras) -> Tensor:
     return y
 
 
-@functools.lru_cache(maxsize=_MAX_PREPARED)
+@functools.lru_cache(maxsize=MAX_PREPARED)
 def _launcher_of(problem: DepthwiseProblem, index: int) -> Launch:
     """Problem -> plan -> compiled kernel -> launcher; the whole flow, once for each problem and device."""
     return launcher(*compile_first(ranked(problem, device_spec(index))), index)
@@ -157,7 +157,7 @@ def _arranged(
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, extras: Extras) -> _Prepared:
     problem, result, readable, beside = _arranged(x, weight, bias, geometry, extras)
-    if len(_prepared) >= _MAX_PREPARED:
+    if len(_prepared) >= MAX_PREPARED:
         _prepared.clear()
     shape, layout = problem.y_shape, problem.layout
     return _Prepared(
@@ -224,7 +224,7 @@ def _dense(extras: Extras, layout: Layout | None) -> tuple[Tensor | None, Tensor
     )
 
 
-@functools.lru_cache(maxsize=_MAX_PREPARED)
+@functools.lru_cache(maxsize=MAX_PREPARED)
 def geometry_of(stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]) -> Geometry:
     """The one Geometry of these numbers."""
     return Geometry(stride, padding, dilation)
@@ -239,7 +239,7 @@ def _left_to_torch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
     key = (*((t.shape, t.dtype, t.device) if t is not None else None for t in tensors), extras.activation, geometry)
     if key not in _checked:
         problem_of(x, weight, bias, geometry, extras)
-        if len(_checked) >= _MAX_PREPARED:
+        if len(_checked) >= MAX_PREPARED:
             _checked.clear()
         _checked.add(key)
     return torch_convolution(x, weight, bias, geometry, extras)
@@ -253,7 +253,7 @@ def run_on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
     problem, result, x, extras = _arranged(x, weight, bias, geometry, extras)
     y = empty(x, problem.y_shape, problem.layout)
     if y.numel():
-        plan = choose(problem, preset(emulation.arch), emulation.variant)
+        plan = choose(problem, preset(emulation.arch), emulation.variant_for(problem))
         bias = None if bias is None else bias.contiguous()
         beside = _dense(extras, None)
         emulator.run(plan, x, weight.contiguous(), bias, y, *beside, order_seed=emulation.order_seed)

@@ -23,6 +23,8 @@ class Plan:
         constants: what is compiled in, sorted by name; with the architecture they name the kernel.
         grid, block: launch shape.
         shared_bytes: dynamic shared memory of a block.
+        partial_bytes: memory that blocks leave their sums in for the last one of them (gradients of filters).
+        arrivals: counters of such blocks, 32-bit, zero before the launch and after it.
         sizes: the fields of `dwconv::Sizes`, 64-bit.
         tiling: the fields of the variant's Tiling, 32-bit unsigned.
         tile: the choice in words.
@@ -40,6 +42,8 @@ class Plan:
     tiling: tuple[int, ...]
     tile: str
     predicted_seconds: float
+    partial_bytes: int = 0
+    arrivals: int = 0
 
     @property
     def kernel_id(self) -> tuple[str, Constants, str]:
@@ -68,6 +72,7 @@ def problem_constants(problem: DepthwiseProblem) -> dict[str, int | str]:
         "ELEMENT": CUDA_ELEMENTS[problem.dtype],
         "CHANNELS_LAST": int(problem.layout == "channels_last"),
         "MULTIPLIER": problem.multiplier,
+        "REVERSED": int(problem.reversed),
         "HAS_BIAS": int(problem.bias),
         "ACTIVATION": 0 if epilogue.activation is None else 1 + ACTIVATIONS.index(epilogue.activation),
         "HAS_SCALE": int(epilogue.scale),
@@ -85,15 +90,14 @@ def problem_constants(problem: DepthwiseProblem) -> dict[str, int | str]:
 
 
 def problem_sizes(problem: DepthwiseProblem) -> tuple[int, ...]:
-    """The fields of `dwconv::Sizes` (kernels/common.cuh), in their order."""
+    """The fields of `dwconv::Sizes` (kernels/common.cuh), in their order. For the gradient of x, that of y stands for x,
+    and x for y.
+    """
     problem = problem.lifted(3)
-    return (
-        problem.batch * problem.out_channels,
-        problem.out_channels,
-        *problem.size,
-        *problem.out_size,
-        *problem.plane_strides,
-    )
+    channels, size, out_size = problem.out_channels, problem.size, problem.out_size
+    if problem.direction == "grad_input":
+        channels, size, out_size = problem.channels, out_size, size
+    return (problem.batch * channels, channels, *size, *out_size, *problem.plane_strides)
 
 
 def fast_divisor(divisor: int) -> tuple[int, int, int]:

@@ -102,9 +102,16 @@ class Epilogue:
 
 @dataclass(frozen=True, slots=True)
 class DepthwiseProblem:
-    """One validated depthwise convolution. Sizes in elements.
+    """One validated depthwise convolution, or a gradient of it. Sizes in elements.
 
         y[n, c*m + j, p] = b[c*m + j] + sum_u w[c*m + j, 0, u] * x[n, c, p*stride - padding_before + u*dilation]
+
+    With g for the gradient of y, grad_input and grad_weight are the sums of all products of this formula in which an
+    element of x, or of w, takes part:
+
+        dx[n, c, q] = sum_j sum_{p, u: p*stride - padding_before + u*dilation = q} w[c*m + j, 0, u] * g[n, c*m + j, p]
+        dw[c*m + j, 0, u] = sum_{n, p} g[n, c*m + j, p] * x[n, c, p*stride - padding_before + u*dilation]
+        db[c*m + j] = sum_{n, p} g[n, c*m + j, p]
 
     Attributes:
         batch: N.
@@ -114,11 +121,13 @@ class DepthwiseProblem:
         stride, dilation: one number per spatial dimension.
         padding: (before, after) per spatial dimension, zeros.
         multiplier: m, output channels per input channel.
-        bias: whether b is added.
+        bias: whether b is added; of grad_weight, whether db is wanted, too.
         layout: of x and y in memory: columns are neighbours in channels_first, channels in channels_last.
+        direction: what is computed: y from x and w, dx from g and w, or dw from x and g. g is dense in the layout.
         x_strides: strides of x in elements, [N, C, *spatial]; () means dense in its layout.
+        reversed: filters are read backwards: tap u of the sum is w's last tap but u.
         epilogue: what follows the sum.
-        aligned: bytes that the starts of x and y are known to be a multiple of (at most 16 matters).
+        aligned: bytes that the starts of x, y and their gradients are known to be a multiple of (at most 16 matters).
 
     Raises:
         DepthwiseError: sizes that describe no convolution.
@@ -142,6 +151,7 @@ class DepthwiseProblem:
     direction: Direction = "forward"
     x_strides: tuple[int, ...] = ()
     aligned: int = 16
+    reversed: bool = False
     epilogue: Epilogue = Epilogue()
     out_size: tuple[int, ...] = field(init=False)
 
@@ -232,6 +242,16 @@ class DepthwiseProblem:
         return (self.batch, self.out_channels, *self.out_size)
 
     @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Of what kernels read as x: x itself, or the gradient of y where that of x is computed from it."""
+        return self.y_shape if self.direction == "grad_input" else self.x_shape
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Of what kernels write: y, or the gradient of x or of the filters."""
+        return {"forward": self.y_shape, "grad_input": self.x_shape, "grad_weight": self.weight_shape}[self.direction]
+
+    @property
     def least_bytes(self) -> int:
         """The least DRAM traffic: input, filter, bias, output and what the epilogue reads, once each."""
         outputs, epilogue = math.prod(self.y_shape), self.epilogue
@@ -245,8 +265,8 @@ class DepthwiseProblem:
 
     @property
     def plane_strides(self) -> tuple[int, ...]:
-        """Strides of x in elements, [N, C, *spatial]."""
-        return self.x_strides or dense_strides(self.x_shape, self.layout)
+        """Strides of what is read as x in elements, [N, C, *spatial]."""
+        return self.x_strides or dense_strides(self.source_shape, self.layout)
 
     def lifted(self, dims: int) -> DepthwiseProblem:
         """The same convolution with at least so many spatial dimensions: those added in front have one element.
@@ -267,6 +287,23 @@ class DepthwiseProblem:
             padding=((0, 0),) * added + self.padding,
             dilation=ones + self.dilation,
             x_strides=(image, channel, *(0,) * added, *spatial),
+        )
+
+    def as_forward(self) -> DepthwiseProblem | None:
+        """The forward problem that computes dx, with g for x: its filters are reversed. None where there is none: with
+        a stride, a multiplier, or more zeros around x than the filter reaches over.
+
+        >>> problem = DepthwiseProblem(1, 8, (30,), (4,), padding=((3, 0),), direction="grad_input")
+        >>> forward = problem.as_forward()
+        >>> forward.size, forward.padding, forward.out_size, forward.reversed
+        ((30,), ((0, 3),), (30,), True)
+        """
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.filter, strict=True)]
+        padding = tuple((r - before, r - after) for r, (before, after) in zip(reach, self.padding, strict=True))
+        if self.direction != "grad_input" or set(self.stride) != {1} or self.multiplier > 1 or min(map(min, padding)) < 0:
+            return None
+        return replace(
+            self, direction="forward", size=self.out_size, padding=padding, reversed=not self.reversed, bias=False
         )
 
     def with_batch(self, batch: int, channels: int) -> DepthwiseProblem:

@@ -129,6 +129,69 @@ def forward(
     return total, 1.01 * (error + result.eps / 2 * total.abs()) + tiny
 
 
+def input_gradient(grad: Tensor, weight: Tensor, problem: DepthwiseProblem) -> tuple[Tensor, Tensor]:
+    """The exact gradient of x, and the bound of a kernel that sums in float32 (float64 for float64).
+
+    As `forward`: the terms of dx[n, c, q] are all w[c*m + j, 0, u] * g[n, c*m + j, p] whose product with x[n, c, q] is
+    part of y; at most taps * m of them.
+
+    Args:
+        grad: the gradient of y, [N, C*m, *out_size]; weight: [C*m, 1, *filter].
+
+    Returns:
+        exact and bound, [N, C, *size] float64.
+
+    >>> problem = DepthwiseProblem(batch=1, channels=1, size=(4,), filter=(2,), stride=(2,), direction="grad_input")
+    >>> input_gradient(torch.tensor([[[1.0, 10.0]]]), torch.tensor([[[2.0, 3.0]]]), problem)[0].tolist()
+    [[[2.0, 3.0, 20.0, 30.0]]]
+    """
+    exact = torch.zeros(problem.x_shape, dtype=torch.float64, device=grad.device)
+    magnitude = torch.zeros_like(exact)
+    grads = grad.double().reshape(problem.batch, problem.channels, problem.multiplier, *problem.out_size)
+    taps = weight.double().view(problem.channels, problem.multiplier, *problem.filter)
+    for tap in itertools.product(*map(range, problem.filter)):
+        outputs, inputs = _reached(problem, tap)
+        if outputs is None:
+            continue
+        index = tuple(slice(u, u + 1) for u in tap)
+        terms = grads[_last(outputs)] * taps[_last(index)]
+        exact[_last(inputs)] += terms.sum(2)
+        magnitude[_last(inputs)] += terms.abs_().sum(2)
+    return exact, _bound(problem, exact, magnitude, problem.taps * problem.multiplier)
+
+
+def filter_gradient(x: Tensor, grad: Tensor, problem: DepthwiseProblem) -> tuple[Tensor, Tensor]:
+    """The exact gradients of each filter's taps and of its bias, and the bound of a kernel that sums in float32
+    (float64 for float64) in any order: as `forward`, for as many terms as a tap meets in all images.
+
+    Args:
+        x: [N, C, *size]; grad: the gradient of y, [N, C*m, *out_size].
+
+    Returns:
+        exact and bound, [C*m, taps + 1] float64: those of the taps, then that of the bias.
+
+    >>> problem = DepthwiseProblem(batch=1, channels=1, size=(3,), filter=(2,), direction="grad_weight")
+    >>> filter_gradient(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 10.0]]]), problem)[0].tolist()
+    [[21.0, 32.0, 11.0]]
+    """
+    exact = torch.zeros((problem.channels, problem.multiplier, problem.taps + 1), dtype=torch.float64, device=x.device)
+    magnitude = torch.zeros_like(exact)
+    images = x.double().unsqueeze(2)
+    grads = grad.double().reshape(problem.batch, problem.channels, problem.multiplier, *problem.out_size)
+    over = (0, *range(3, grads.dim()))
+    for number, tap in enumerate(itertools.product(*map(range, problem.filter))):
+        outputs, inputs = _reached(problem, tap)
+        if outputs is None:
+            continue
+        terms = grads[_last(outputs)] * images[_last(inputs)]
+        exact[..., number] = terms.sum(over)
+        magnitude[..., number] = terms.abs_().sum(over)
+    exact[..., -1] = grads.sum(over)
+    magnitude[..., -1] = grads.abs().sum(over)
+    exact, magnitude = exact.flatten(0, 1), magnitude.flatten(0, 1)
+    return exact, _bound(problem, exact, magnitude, problem.batch * math.prod(problem.out_size))
+
+
 def mismatch(y: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
     """Where a result breaks the bound, as a mask. NaN matches NaN only, an Inf only the same Inf.
 
@@ -194,6 +257,14 @@ def _rounding(problem: DepthwiseProblem) -> tuple[float, float]:
     else:
         unit, summed = 2.0**-24, torch.finfo(torch.float32)
     return unit, (problem.taps + 1) * summed.smallest_normal * summed.eps
+
+
+def _bound(problem: DepthwiseProblem, exact: Tensor, magnitude: Tensor, terms: int) -> Tensor:
+    """1.01 * ((terms + 1) * u * magnitude + eps / 2 * |exact|) + tiny, as `forward` explains it."""
+    unit, tiny = _rounding(problem)
+    result = torch.finfo(getattr(torch, problem.dtype))
+    tiny = tiny * (terms + 1) / (problem.taps + 1) + result.smallest_normal * result.eps
+    return 1.01 * ((terms + 1) * unit * magnitude + result.eps / 2 * exact.abs()) + tiny
 
 
 def _activated(

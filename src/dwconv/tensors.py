@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import DepthwiseError
-from .problem import DepthwiseProblem, Epilogue, Layout, dense_strides
+from .problem import DepthwiseProblem, Direction, Epilogue, Layout, dense_strides
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -146,6 +146,45 @@ def problem_of(
         epilogue=extras.epilogue,
     )
     check_residual(extras.residual, problem.y_shape)
+    return problem
+
+
+def gradient_problem(
+    direction: Direction,
+    grad: Tensor,
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    geometry: Geometry,
+    x: Tensor | None = None,
+    bias: bool = False,
+    layout: Layout = "channels_first",
+) -> DepthwiseProblem:
+    """The problem of a gradient: of x, which has this shape, or of filters and bias, from x and from y's gradient.
+
+    Raises:
+        DepthwiseError: sizes that describe no convolution, or a grad of another shape than y.
+    """
+    shape = tuple(shape)
+    strides = () if x is None else _meaningful(shape, x.stride(), layout)
+    addresses = [tensor.data_ptr() for tensor in (grad, x) if tensor is not None]
+    problem = DepthwiseProblem(
+        batch=shape[0],
+        channels=shape[1],
+        size=shape[2:],
+        filter=tuple(weight_shape[2:]),
+        stride=geometry.stride,
+        padding=geometry.pairs,
+        dilation=geometry.dilation,
+        multiplier=weight_shape[0] // shape[1],
+        bias=bias,
+        dtype=DTYPES[grad.dtype],
+        layout=layout,
+        direction=direction,
+        x_strides=() if strides == dense_strides(shape, layout) else strides,
+        aligned=min(map(alignment, addresses)),
+    )
+    if tuple(grad.shape) != problem.y_shape:
+        raise DepthwiseError(f"the gradient of y has shape {tuple(grad.shape)}; y has {problem.y_shape}")
     return problem
 
 

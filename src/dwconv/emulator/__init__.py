@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: g++ compiles the same .cuh files, a fiber runs each CUDA thread (docs/emulator.md)."""
 
 from .context import Emulation, active, emulated
-from .launch import EmulationError, run
+from .launch import EmulationError, run, run_filter_gradient
 
-__all__ = ["Emulation", "EmulationError", "active", "emulated", "run"]
+__all__ = ["Emulation", "EmulationError", "active", "emulated", "run", "run_filter_gradient"]

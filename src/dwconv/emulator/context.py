@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from ..problem import DepthwiseProblem
+from ..variants import REGISTRY
+
 
 @dataclass(frozen=True, slots=True)
 class Emulation:
     """How CPU tensors are computed inside `emulated()`.
 
     Attributes:
-        variant: the stem of the variant that must serve every problem; None chooses.
+        variant: the stem of the variant that must serve every problem of a direction that it computes; None chooses.
         arch: the architecture whose preset plans are made for.
         order_seed: shuffles the order of blocks and threads; None takes them as they come.
     """
@@ -21,6 +24,14 @@ class Emulation:
     variant: str | None = None
     arch: str = "sm_90"
     order_seed: int | None = None
+
+    def variant_for(self, problem: DepthwiseProblem) -> str | None:
+        """The variant that must serve a problem, if it is one of this direction: others are chosen."""
+        if self.variant is None or self.variant not in REGISTRY:
+            return self.variant
+        directions = REGISTRY[self.variant].directions
+        takes = problem.direction in directions or (problem.as_forward() is not None and "forward" in directions)
+        return self.variant if takes else None
 
 
 _active: ContextVar[Emulation | None] = ContextVar("dwconv_emulation", default=None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .. import env
@@ -87,9 +88,56 @@ def run(
     )
 
 
+def run_filter_gradient(
+    plan: Plan,
+    x: Tensor,
+    grad: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    *,
+    order_seed: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Computes the gradients of filters and bias by a plan for grad_weight; otherwise as `run`.
+
+    Args:
+        grad: the gradient of y, dense in the problem's layout.
+        grad_weight: [C*m, 1, *filter]; grad_bias: [C*m], or None where the problem has none.
+
+    Raises:
+        as `run`; EmulationError also where counters of blocks aren't zero again.
+    """
+    problem = plan.problem
+    _check(plan, "x", x, problem.x_shape, problem.plane_strides)
+    _check(plan, "grad", grad, problem.y_shape, dense_strides(problem.y_shape, problem.layout))
+    _check(plan, "grad_weight", grad_weight, problem.weight_shape, contiguous_strides(problem.weight_shape))
+    if (grad_bias is not None) != problem.bias:
+        raise ValueError(f"the plan was made {'with' if problem.bias else 'without'} a gradient of the bias")
+    if grad_bias is not None:
+        _check(plan, "grad_bias", grad_bias, (problem.out_channels,), (1,))
+    if problem.batch == 0:
+        raise ValueError("an empty batch launches nothing: the gradients are zero")
+    partial = torch.full((plan.partial_bytes,), 0xFF, dtype=torch.uint8)
+    arrivals = torch.zeros(plan.arrivals, dtype=torch.int32)
+    launch_kernel(
+        build.library(plan),
+        plan.grid,
+        plan.block,
+        plan.shared_bytes,
+        kernel_arguments(plan, x, grad, grad_weight, grad_bias, partial, arrivals),
+        most_shared_bytes=plan.device.shared_bytes - 1024,
+        order_seed=order_seed,
+        progress=progress,
+    )
+    if arrivals.any():
+        raise EmulationError("counters of blocks that arrived are not zero again after the launch")
+
+
 def kernel_arguments(plan: Plan, *tensors: Tensor | None) -> list[Argument]:
-    """What the entry of every kernel takes: Tensors (x, weight, bias, y, scale, shift, residual), Sizes and Tiling."""
-    addresses = (ctypes.c_void_p * 7)(*(tensor.data_ptr() if tensor is not None else None for tensor in tensors))
+    """What the entry of every kernel takes: Tensors (x, weight, bias, y, scale, shift, residual) or FilterGradients (x,
+    g, dw, db, partial, arrivals), Sizes and Tiling.
+    """
+    addresses = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() if tensor is not None else None for tensor in tensors))
     sizes = (ctypes.c_int64 * len(plan.sizes))(*plan.sizes)
     tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
     return [addresses, sizes, tiling]
@@ -172,9 +220,9 @@ def _check_tensors(
 ) -> None:
     problem = plan.problem
     epilogue, per_channel = problem.epilogue, (problem.out_channels,)
-    expected = [("x", x, problem.x_shape), ("weight", weight, problem.weight_shape), ("y", y, problem.y_shape)]
+    expected = [("x", x, problem.source_shape), ("weight", weight, problem.weight_shape), ("y", y, problem.result_shape)]
     for name, tensor, wanted, shape in (
-        ("bias", bias, problem.bias, per_channel),
+        ("bias", bias, problem.bias and problem.direction == "forward", per_channel),
         ("scale", scale, epilogue.scale, per_channel),
         ("shift", shift, epilogue.shift, per_channel),
         ("residual", residual, epilogue.residual, problem.y_shape),
@@ -184,20 +232,24 @@ def _check_tensors(
         if tensor is not None:
             expected.append((name, tensor, shape))
     for name, tensor, shape in expected:
-        if tensor.device.type != "cpu" or str(tensor.dtype) != f"torch.{problem.dtype}" or tensor.shape != shape:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; the plan was made for {shape} "
-                f"{problem.dtype} on the CPU"
-            )
-        dense = contiguous_strides(shape)
+        strides = contiguous_strides(shape)
         if name in ("y", "residual"):
-            dense = dense_strides(shape, problem.layout)
-        if name != "x" and not _has_strides(tensor, dense):
-            raise ValueError(f"{name} must be dense, with strides {dense}; it has {tensor.stride()}")
-        if name in ("x", "y", "residual") and tensor.numel() and tensor.data_ptr() % problem.aligned:
-            raise ValueError(f"{name} starts at an address that is not a multiple of {problem.aligned} bytes")
-    if not _has_strides(x, problem.plane_strides):
-        raise ValueError(f"x has strides {x.stride()}; the plan was made for {problem.plane_strides}")
+            strides = dense_strides(shape, problem.layout)
+        _check(plan, name, tensor, shape, problem.plane_strides if name == "x" else strides)
+
+
+def _check(plan: Plan, name: str, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    problem = plan.problem
+    if tensor.device.type != "cpu" or str(tensor.dtype) != f"torch.{problem.dtype}" or tensor.shape != shape:
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; the plan was made for {shape} "
+            f"{problem.dtype} on the CPU"
+        )
+    if not _has_strides(tensor, strides):
+        raise ValueError(f"{name} has strides {tensor.stride()}; the plan was made for {strides}")
+    aligned = tensor.numel() == 0 or tensor.data_ptr() % problem.aligned == 0
+    if name in ("x", "y", "residual", "grad") and not aligned:
+        raise ValueError(f"{name} starts at an address that is not a multiple of {problem.aligned} bytes")
 
 
 def _has_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:

@@ -101,7 +101,8 @@ __device__ __forceinline__ void spread_filter(const typename C::Element* filter,
     __syncwarp();
 #pragma unroll
     for (int tap = lane; tap < C::kFilterH * C::kFilterW; tap += 32)
-        rows[tap / C::kFilterW * B::kPitch + B::kOrigin + tap % C::kFilterW * C::kDilationW] = load_one(filter + tap);
+        rows[tap / C::kFilterW * B::kPitch + B::kOrigin + tap % C::kFilterW * C::kDilationW] =
+            load_one(filter + tap_at<C>(tap));
     __syncwarp();
 }
 
@@ -130,7 +131,7 @@ __device__ __forceinline__ float exact_sum(const typename C::Element* x, const t
         const int j = column * C::kStrideW - C::kPadLeft + v * C::kDilationW;
         if (d < 0 || d >= sizes.in_d || i < 0 || i >= sizes.in_h || j < 0 || j >= sizes.in_w) continue;
         const long long at = d * sizes.x_depth + i * sizes.x_row + j * sizes.x_column;
-        sum += static_cast<float>(load_one(filter + tap)) * static_cast<float>(load_one(x + at));
+        sum += static_cast<float>(load_one(filter + tap_at<C>(tap))) * static_cast<float>(load_one(x + at));
     }
     return sum;
 }

@@ -15,6 +15,7 @@
 #define DWCONV_DILATION_H 1
 #define DWCONV_DILATION_W 1
 #define DWCONV_MULTIPLIER 1
+#define DWCONV_REVERSED 0
 #define DWCONV_HAS_BIAS 0
 #define DWCONV_ACTIVATION 0
 #define DWCONV_HAS_SCALE 0
@@ -30,6 +31,7 @@ struct ProblemConfig {
     static constexpr int kPadFront = DWCONV_PAD_FRONT, kPadTop = DWCONV_PAD_TOP, kPadLeft = DWCONV_PAD_LEFT;
     static constexpr int kDilationD = DWCONV_DILATION_D, kDilationH = DWCONV_DILATION_H, kDilationW = DWCONV_DILATION_W;
     static constexpr int kMultiplier = DWCONV_MULTIPLIER;
+    static constexpr bool kReversed = DWCONV_REVERSED;  // filters are read from their last tap to their first
     static constexpr bool kHasBias = DWCONV_HAS_BIAS;
     static constexpr int kActivation = DWCONV_ACTIVATION;
     static constexpr bool kHasScale = DWCONV_HAS_SCALE, kHasShift = DWCONV_HAS_SHIFT;

@@ -188,7 +188,7 @@ __device__ __forceinline__ void make_from_registers(const Tensors<typename C::El
 #pragma unroll
     for (int u = 0; u < C::kFilterH; ++u)
 #pragma unroll
-        for (int v = 0; v < C::kFilterW; ++v) filter[u][v] = static_cast<Sum>(load_one(w + u * C::kFilterW + v));
+        for (int v = 0; v < C::kFilterW; ++v) filter[u][v] = static_cast<Sum>(load_one(w + tap_at<C>(u * C::kFilterW + v)));
 
     const Sum bias = C::kHasBias ? static_cast<Sum>(load_one(tensors.b + place.channel)) : Sum(0);
     const auto values = channel_values<C>(tensors, place.channel);
@@ -261,7 +261,7 @@ __device__ __forceinline__ void make_tap_by_tap(const Tensors<typename C::Elemen
     for (int u = 0; u < C::kFilterH; ++u)
 #pragma unroll 4
         for (int v = 0; v < C::kFilterW; ++v) {
-            const Sum tap = static_cast<Sum>(load_one(w + u * C::kFilterW + v));
+            const Sum tap = static_cast<Sum>(load_one(w + tap_at<C>(u * C::kFilterW + v)));
 #pragma unroll
             for (int i = 0; i < C::kRows; ++i) {
                 const int row = first_row + i * C::kStrideH + u * C::kDilationH;

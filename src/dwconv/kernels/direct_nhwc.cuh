@@ -47,7 +47,7 @@ __device__ __forceinline__ void stage_filter(const typename C::Element* w, const
     const typename C::Element* from = w + static_cast<long long>(channel) * Tile::kTaps;
     for (int e = threadIdx.x; e < C::kChunk * Tile::kTaps; e += C::kThreads)
         filter[e % Tile::kTaps * Tile::kFilterPitch + e / Tile::kTaps] =
-            e < there ? static_cast<Sum>(load_one(from + e)) : Sum(0);
+            e < there ? static_cast<Sum>(load_one(from + tap_at<C>(e))) : Sum(0);
 }
 
 template <class C, class Sum>

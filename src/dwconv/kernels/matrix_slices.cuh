@@ -124,7 +124,8 @@ struct Slices {
     }
     __device__ __forceinline__ void store_taps(const T (&held)[kHeld], int slice) const {
         const int all = static_cast<int>(tiling.channels) * kTaps;
-        const auto put = [this](int tap, T value) {
+        const auto put = [this](int number, T value) {
+            const int tap = tap_at<C>(number);
             const int channel = tap / kTaps, u = tap % kTaps / C::kFilterW;
             const int away = tap % C::kFilterW * C::kDilationW - C::kPadLeft + S::kWidth - 1;
             const int row = static_cast<int>(tiling.plane_gap) + u * C::kDilationH;

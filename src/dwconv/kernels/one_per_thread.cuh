@@ -47,7 +47,7 @@ __device__ __forceinline__ void one_per_thread(const Tensors<typename C::Element
                     if (column < 0 || column >= sizes.in_w) continue;
                     const long long at = plane * sizes.x_depth + row * sizes.x_row + column * sizes.x_column;
                     sum +=
-                        static_cast<Sum>(filter[(t * C::kFilterH + u) * C::kFilterW + v]) * static_cast<Sum>(input[at]);
+                        static_cast<Sum>(filter[tap_at<C>((t * C::kFilterH + u) * C::kFilterW + v)]) * static_cast<Sum>(input[at]);
                 }
             }
         }

@@ -42,7 +42,8 @@ struct SparseTaps {
         __syncwarp();
 #pragma unroll
         for (int k = 0; k < kEach; ++k) {
-            const int tap = 32 * k + lane, u = R::tap_row(tap), v = R::tap_column(tap);
+            const int tap = 32 * k + lane, number = tap_at<C>(tap);
+            const int u = R::tap_row(number), v = R::tap_column(number);
 #pragma unroll
             for (int o = 0; o < kOwn; ++o)
                 if (tap < kTaps) spread_tap<C>(words, u, v, o, taps[o][k]);

@@ -179,7 +179,7 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
     Sum taps[C::kFilterH][C::kFilterW];
 #pragma unroll
     for (int k = 0; k < kTaps; ++k)
-        taps[k / C::kFilterW][k % C::kFilterW] = static_cast<Sum>(buffer[plane * kTaps + k]);
+        taps[k / C::kFilterW][k % C::kFilterW] = static_cast<Sum>(buffer[plane * kTaps + tap_at<C>(k)]);
     const Sum bias = C::kHasBias ? static_cast<Sum>(load_one(tensors.b + channel + plane)) : Sum(0);
     const ChannelValues<Sum> values = channel_values<C>(tensors, channel + plane);
 

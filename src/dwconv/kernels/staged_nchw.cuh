@@ -40,13 +40,13 @@ struct StagedTaps {
     __device__ __forceinline__ void hold() {
         if constexpr (kHeld) {
 #pragma unroll
-            for (int k = 0; k < C::kFilterH * C::kFilterW; ++k) held[k] = load_one(memory + k);
+            for (int k = 0; k < C::kFilterH * C::kFilterW; ++k) held[k] = load_one(memory + tap_at<C>(k));
         }
     }
     __device__ __forceinline__ Sum tap(int k) const {
-        if constexpr (C::kShareFilters) return shared[k];
+        if constexpr (C::kShareFilters) return shared[tap_at<C>(k)];
         if constexpr (kHeld) return static_cast<Sum>(held[k]);
-        return static_cast<Sum>(load_one(memory + k));
+        return static_cast<Sum>(load_one(memory + tap_at<C>(k)));
     }
 };
 

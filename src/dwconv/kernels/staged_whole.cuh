@@ -150,12 +150,13 @@ __device__ __forceinline__ void staged_whole(const Tensors<typename C::Element>&
         __syncwarp();
         Sum taps[C::kFilterH][C::kFilterW];
         {
-            const T* const filter = filters + plane * kTaps + (mirrored ? C::kFilterW - 1 : 0);
-            const int step = mirrored ? -1 : 1;
+            constexpr int kForwards = C::kReversed ? -1 : 1;
+            const T* const filter = filters + plane * kTaps + tap_at<C>(mirrored ? C::kFilterW - 1 : 0);
+            const int step = mirrored ? -kForwards : kForwards;
 #pragma unroll
             for (int v = 0; v < C::kFilterW; ++v)
 #pragma unroll
-                for (int u = 0; u < C::kFilterH; ++u) taps[u][v] = static_cast<Sum>(filter[v * step + u * C::kFilterW]);
+                for (int u = 0; u < C::kFilterH; ++u) taps[u][v] = static_cast<Sum>(filter[v * step + u * (kForwards * C::kFilterW)]);
         }
         Sum sums[kLive][C::kColumns];
 #pragma unroll

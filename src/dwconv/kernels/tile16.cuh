@@ -38,7 +38,7 @@ __device__ __forceinline__ void tile16(const Tensors<typename C::Element>& tenso
                 for (int v = 0; v < C::kFilterW; ++v) {
                     const long long column = j * C::kStrideW - C::kPadLeft + v * C::kDilationW;
                     if (column < 0 || column >= sizes.in_w) continue;
-                    sum += static_cast<Sum>(filter[u * C::kFilterW + v]) *
+                    sum += static_cast<Sum>(filter[tap_at<C>(u * C::kFilterW + v)]) *
                            static_cast<Sum>(input[row * sizes.x_row + column]);
                 }
             }

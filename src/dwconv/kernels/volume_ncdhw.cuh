@@ -78,9 +78,9 @@ __device__ __forceinline__ void volume_ncdhw(const Tensors<typename C::Element>&
                 const unsigned row = at / 32 % V::kTapRows, u = row / C::kFilterD, t = row % C::kFilterD;
                 const unsigned of = static_cast<unsigned>(first_plane) + at / 32 / V::kTapRows;
                 const unsigned c = of - tiling.channels.quotient(of) * tiling.channels.divisor;
-                const T* filter_row =
-                    tensors.w + (static_cast<long long>(c) * V::kTapRows + t * C::kFilterH + u) * C::kFilterW;
-                bands[at] = of < sizes.planes ? volume_band<C>(filter_row, at % 32) : make_uint2(0, 0);
+                const T* filter = tensors.w + static_cast<long long>(c) * V::kTaps;
+                const int first = static_cast<int>(t * C::kFilterH + u) * C::kFilterW;
+                bands[at] = of < sizes.planes ? volume_band<C>(filter, first, at % 32) : make_uint2(0, 0);
             }
             __syncthreads();
             own.filter = bands + volume * V::kTapRows * 32 + threadIdx.x % 32;
@@ -90,7 +90,7 @@ __device__ __forceinline__ void volume_ncdhw(const Tensors<typename C::Element>&
             const T* filter = tensors.w + place.channel * V::kTaps;
 #pragma unroll
             for (int tap = 0; tap < V::kTaps; ++tap)
-                own.held[tap / C::kFilterW][tap % C::kFilterW][0] = static_cast<Sum>(load_one(filter + tap));
+                own.held[tap / C::kFilterW][tap % C::kFilterW][0] = static_cast<Sum>(load_one(filter + tap_at<C>(tap)));
         } else {
             share_taps<C>(tensors, tiling, tiling.volumes, taps, [&](int own_volume) {
                 const long long of = first_plane + own_volume;

@@ -91,7 +91,7 @@ __device__ __forceinline__ void volume_ndhwc(const Tensors<typename C::Element>&
 #pragma unroll
                 for (int e = 0; e < C::kVector; ++e)
                     own.held[tap / C::kFilterW][tap % C::kFilterW][e] =
-                        static_cast<Sum>(load_one(filter + e * V::kTaps + tap));
+                        static_cast<Sum>(load_one(filter + e * V::kTaps + tap_at<C>(tap)));
         } else {
             share_taps<C>(tensors, tiling, V::kLanes, taps, [&](int own_channel) {
                 const long long c = static_cast<long long>(chunk) * kOutChunk + own_channel;

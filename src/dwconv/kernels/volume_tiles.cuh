@@ -113,7 +113,7 @@ __device__ __forceinline__ void share_taps(const Tensors<typename C::Element>& t
         const long long channel = channel_of(lane * C::kVector + e);
         if (channel >= 0)
             taps[lane * V::kTapPitch + V::tap_place(t, u, v) * C::kVector + e] =
-                static_cast<Sum>(load_one(tensors.w + channel * V::kTaps + tap));
+                static_cast<Sum>(load_one(tensors.w + channel * V::kTaps + tap_at<C>(tap)));
     }
 }
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ void sort_filter(const typename C::Element* w, Sum* f
         const unsigned c = k / W::kTaps, tap = k % W::kTaps, u = tap / C::kFilterW, v = tap % C::kFilterW;
         const unsigned place =
             (u * W::kFilterRow + v / W::kPack * W::kPack) * C::kChannels + c * W::kPack + v % W::kPack;
-        filter[place] = static_cast<Sum>(load_one(w + k));
+        filter[place] = static_cast<Sum>(load_one(w + tap_at<C>(k)));
     }
 }
 
@@ -127,7 +127,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
         for (int k = 0; k < W::kTaps; ++k)
 #pragma unroll
             for (unsigned e = 0; e < kVector; ++e)
-                taps[k][e] = static_cast<Sum>(filter_bits[(lane * kVector + e) * W::kTaps + k]);
+                taps[k][e] = static_cast<Sum>(filter_bits[(lane * kVector + e) * W::kTaps + tap_at<C>(k)]);
     }
 
     // Where the thread reads the columns of its outputs: in a stage, and in the image.

@@ -144,7 +144,8 @@ struct FilterStage {
             if (at < count) held[k] = load_one(from + at);
         }
     }
-    __device__ __forceinline__ static void put(Sum* filters, unsigned at, T value) {
+    __device__ __forceinline__ static void put(Sum* filters, unsigned number, T value) {
+        const unsigned at = tap_at<C>(number);
         const unsigned row = at / C::kFilterW, column = at - row * C::kFilterW;
         const unsigned channel = at / kTaps, u = row - channel * C::kFilterH;
         const unsigned line = channel * Axes::kLines + (C::kTransposed ? column : u);

@@ -6,7 +6,9 @@ from .base import Variant
 from .direct_nchw import DirectNchw
 from .direct_nhwc import DirectNhwc
 from .matrix_nchw import MatrixNchw
+from .one_input_per_thread import OneInputPerThread
 from .one_per_thread import OnePerThread
+from .one_tap_per_block import OneTapPerBlock
 from .sparse_nhwc import SparseNhwc
 from .staged_nchw import StagedNchw
 from .tile16 import Tile16
@@ -28,6 +30,8 @@ REGISTRY: dict[str, Variant] = {
         VolumeNcdhw(),
         VolumeNdhwc(),
         OnePerThread(),
+        OneInputPerThread(),
+        OneTapPerBlock(),
         Tile16(),
     )
 }

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection, legal
-from ..problem import DTYPE_BYTES, DepthwiseProblem, Layout
+from ..problem import DTYPE_BYTES, DepthwiseProblem, Direction, Layout
 from ..roofline import LAUNCH_SECONDS, roofline
 
 GRID_X_LIMIT = 2**31 - 1
@@ -21,12 +21,15 @@ class Variant(ABC):
     Attributes:
         stem: its name.
         technique: what it does, in one sentence that a user can read.
+        directions: what it computes. Gradients of x that are forward problems, too (`DepthwiseProblem.as_forward`),
+            come to it as those.
         dims: spatial dimensions it takes; a problem of one dimension comes to it with two, the first of one row.
         layouts, dtypes: what it takes.
     """
 
     stem: ClassVar[str]
     technique: ClassVar[str]
+    directions: ClassVar[tuple[Direction, ...]] = ("forward",)
     dims: ClassVar[tuple[int, ...]] = (2,)
     layouts: ClassVar[tuple[Layout, ...]] = ("channels_first",)
     dtypes: ClassVar[tuple[str, ...]] = tuple(DTYPE_BYTES)
@@ -41,8 +44,8 @@ class Variant(ABC):
 
     def unsupported(self, problem: DepthwiseProblem) -> str | None:
         """Why no tile of the variant can serve the problem; None if one might."""
-        if problem.direction != "forward":
-            return f"computes forward only, not {problem.direction}"
+        if problem.direction not in self.directions:
+            return f"computes {_listed(self.directions)}, not {problem.direction}"
         if problem.dims not in self.dims:
             return f"takes {_listed(self.dims)} spatial dimensions, the problem has {problem.dims}"
         if problem.layout not in self.layouts:

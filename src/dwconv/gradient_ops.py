@@ -1,0 +1,224 @@
+"""The operators of the gradients: torch.ops.dwconv.input_gradient and filter_gradient, for CUDA, CPU and tracing.
+
+With the convolution they are closed: the gradients of each are the other two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import emulator
+from .choose import choose, ranked
+from .compile import compile_first
+from .device import preset
+from .launch import Launch, device_spec, launcher
+from .ops import LIBRARY, MAX_PREPARED, geometry_of
+from .plan import Plan
+from .problem import DepthwiseProblem, Layout
+from .tensors import Geometry, admits, empty, gradient_problem, in_layout
+
+LIBRARY.define(
+    "input_gradient(Tensor grad, Tensor weight, int[] shape, int[] stride, int[] padding, int[] dilation, "
+    "bool channels_last) -> Tensor"
+)
+# The gradient of the bias has no elements where it isn't wanted.
+LIBRARY.define(
+    "filter_gradient(Tensor x, Tensor grad, int[] filter, int[] stride, int[] padding, int[] dilation, bool bias, "
+    "bool channels_last) -> (Tensor, Tensor)"
+)
+
+_aten = torch.ops.aten
+
+
+def torch_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """PyTorch's own gradients of x, weight and bias; uneven padding is added to x and cut off its gradient."""
+    even = [min(pair) for pair in geometry.pairs]
+    extra = [(before - least, after - least) for (before, after), least in zip(geometry.pairs, even, strict=True)]
+    uneven = any(map(any, extra))
+    padded = F.pad(x, [pad for pair in reversed(extra) for pad in pair]) if uneven else x
+    grad_x, grad_weight, grad_bias = _aten.convolution_backward(
+        grad,
+        padded,
+        weight,
+        [weight.shape[0]],
+        list(geometry.stride),
+        even,
+        list(geometry.dilation),
+        False,
+        [0] * len(even),
+        x.shape[1],
+        list(needed),
+    )
+    if needed[0] and uneven:
+        window = [slice(before, before + size) for (before, _), size in zip(extra, x.shape[2:], strict=True)]
+        grad_x = grad_x[(slice(None), slice(None), *window)]
+    return grad_x, grad_weight, grad_bias
+
+
+
+@functools.lru_cache(maxsize=MAX_PREPARED)
+def _prepared(problem: DepthwiseProblem, index: int) -> tuple[Plan, Launch]:
+    """Problem -> plan -> compiled kernel -> launcher, once for each problem and device."""
+    plan, compiled = compile_first(ranked(problem, device_spec(index)))
+    return plan, launcher(plan, compiled, index)
+
+
+# Zeros for blocks that count each other, by device and stream: every launch leaves them zero again.
+_zeros: dict[tuple[int, int], Tensor] = {}
+
+
+def _arrivals(count: int, like: Tensor) -> Tensor:
+    """Counters that are zero. Those of a CUDA graph are its own: it may be replayed beside other launches."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    key = (like.get_device(), torch.cuda.current_stream().cuda_stream)
+    found = _zeros.get(key)
+    if found is None or found.numel() < count:
+        found = _zeros[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=like.device)
+    return found
+
+
+def input_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, ...], geometry: Geometry, layout: Layout) -> Tensor:
+    """dx of this shape, dense in the layout, by dwconv's kernels: on a GPU, or under the emulator.
+
+    A grad that isn't dense in the layout is copied.
+    """
+    grad, weight = in_layout(grad, layout), weight.contiguous()
+    problem = gradient_problem("grad_input", grad, shape, weight.shape, geometry, layout=layout)
+    result = empty(grad, shape, layout)
+    if result.numel() == 0:
+        return result
+    emulation = emulator.active()
+    if grad.is_cuda:
+        with torch.cuda.device(grad.get_device()):
+            _, launch = _prepared(problem, grad.get_device())
+            launch(grad.data_ptr(), weight.data_ptr(), 0, result.data_ptr())
+    else:
+        assert emulation is not None, "CPU tensors go to PyTorch"
+        plan = choose(problem, preset(emulation.arch), emulation.variant_for(problem))
+        emulator.run(plan, grad, weight, None, result, order_seed=emulation.order_seed)
+    return result
+
+
+def filter_gradient(
+    x: Tensor, grad: Tensor, taps: tuple[int, ...], geometry: Geometry, bias: bool, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """dw and db (without elements where `bias` is false), by dwconv's kernels: on a GPU, or under the emulator.
+
+    A grad that isn't dense in the layout is copied, and an x whose columns or channels aren't neighbours there.
+    """
+    grad = in_layout(grad, layout)
+    x = x if admits(x, layout) else in_layout(x, layout)
+    weight_shape = (grad.shape[1], 1, *taps)
+    grad_weight, grad_bias = x.new_empty(weight_shape), x.new_empty(grad.shape[1] if bias else 0)
+    if x.numel() == 0:
+        return grad_weight.zero_(), grad_bias.zero_()
+    problem = gradient_problem("grad_weight", grad, x.shape, weight_shape, geometry, x, bias, layout)
+    emulation = emulator.active()
+    if x.is_cuda:
+        with torch.cuda.device(x.get_device()):
+            plan, launch = _prepared(problem, x.get_device())
+            partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8)
+            arrivals = _arrivals(plan.arrivals, x) if plan.arrivals else None
+            launch(
+                x.data_ptr(),
+                grad.data_ptr(),
+                grad_weight.data_ptr(),
+                grad_bias.data_ptr(),
+                partial.data_ptr(),
+                0 if arrivals is None else arrivals.data_ptr(),
+            )
+    else:
+        assert emulation is not None, "CPU tensors go to PyTorch"
+        plan = choose(problem, preset(emulation.arch), emulation.variant_for(problem))
+        emulator.run_filter_gradient(
+            plan, x, grad, grad_weight, grad_bias if bias else None, order_seed=emulation.order_seed
+        )
+    return grad_weight, grad_bias
+
+
+def _left_to_torch(tensor: Tensor) -> bool:
+    return not tensor.is_cuda and emulator.active() is None
+
+
+def _layout(channels_last: bool) -> Layout:
+    return "channels_last" if channels_last else "channels_first"
+
+
+def _run_input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    geometry, layout = geometry_of(tuple(stride), tuple(padding), tuple(dilation)), _layout(channels_last)
+    if _left_to_torch(grad):
+        x = empty(grad, (1,) * len(shape), "channels_first").expand(tuple(shape))
+        found = torch_gradients(grad, x, weight, geometry, (True, False, False))[0]
+        assert found is not None
+        return in_layout(found, layout)
+    return input_gradient(grad, weight, tuple(shape), geometry, layout)
+
+
+def _trace_input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    return empty(grad, tuple(shape), _layout(channels_last))
+
+
+def _run_filter_gradient(
+    x: Tensor,
+    grad: Tensor,
+    filter: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    bias: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    geometry, layout = geometry_of(tuple(stride), tuple(padding), tuple(dilation)), _layout(channels_last)
+    if _left_to_torch(x):
+        weight = x.new_empty((1,) * x.dim()).expand(grad.shape[1], 1, *filter)
+        _, grad_weight, grad_bias = torch_gradients(grad, x, weight, geometry, (False, True, bias))
+        assert grad_weight is not None
+        return grad_weight.contiguous(), grad_bias if bias and grad_bias is not None else x.new_empty(0)
+    return filter_gradient(x, grad, tuple(filter), geometry, bias, layout)
+
+
+def _trace_filter_gradient(
+    x: Tensor,
+    grad: Tensor,
+    filter: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    bias: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((grad.shape[1], 1, *filter)), x.new_empty(grad.shape[1] if bias else 0)
+
+
+for _name, _run, _trace in (
+    ("input_gradient", _run_input_gradient, _trace_input_gradient),
+    ("filter_gradient", _run_filter_gradient, _trace_filter_gradient),
+):
+    LIBRARY.impl(_name, _run, "CUDA")
+    LIBRARY.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"dwconv::{_name}", _trace, lib=LIBRARY)
