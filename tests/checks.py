@@ -57,7 +57,8 @@ def check_filter_gradient(plan: Plan, order_seed: int | None = None, poison: boo
     x = with_poison(x) if poison else x
     weight, bias = make_filter_gradients(problem, margin=0 if build.sanitizing() else 64)
     emulator.run_filter_gradient(plan, x, grad, weight.y, None if bias is None else bias.y, order_seed=order_seed)
-    assert weight.guards_are_intact() and (bias is None or bias.guards_are_intact()), "the kernel wrote elsewhere"
+    assert weight.guards_are_intact(), "the kernel wrote beside the filters' gradients"
+    assert bias is None or bias.guards_are_intact(), "the kernel wrote beside the bias's gradient"
     found = weight.y.view(problem.out_channels, -1)
     if bias is not None:
         found = torch.cat([found, bias.y.view(-1, 1)], 1)

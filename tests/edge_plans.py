@@ -15,7 +15,12 @@ from dwconv.problem import DepthwiseProblem, Direction
 from dwconv.variants import REGISTRY
 from problems import as_gradient, every_kind, problem_id
 
-PLAIN = ("one_per_thread", "tile16", "one_input_per_thread", "one_tap_per_block")  # the same few lines for all problems: a third of them is enough
+PLAIN = (
+    "one_per_thread",
+    "tile16",
+    "one_input_per_thread",
+    "one_tap_per_block",
+)  # the same few lines for all problems: a third of them is enough
 MOST_TILES = 6  # of one variant for one of TILED
 
 # Problems whose legal tiles run, not only the chosen one.
@@ -42,8 +47,7 @@ def chosen_plans(device: DeviceSpec, most: int | None = None, direction: Directi
     found: list[Plan] = []
     for number, problem in enumerate(every_kind()):
         best: dict[str, Plan] = {}
-        posed = problem if direction == "forward" else as_gradient(problem, direction)
-        for plan in candidates(posed, device):
+        for plan in candidates(as_gradient(problem, direction), device):
             if isinstance(plan, Plan) and (plan.variant not in PLAIN or number % 3 == 0):
                 best.setdefault(plan.variant, plan)
         found += best.values()

@@ -379,6 +379,8 @@ def make_epilogue(
 
 def as_gradient(problem: DepthwiseProblem, direction: Direction) -> DepthwiseProblem:
     """The problem of a gradient of a forward problem's sum."""
+    if direction == "forward":
+        return problem
     if direction == "grad_input":
         return replace(problem, direction=direction, epilogue=NO_EPILOGUE, bias=False, x_strides=())
     return replace(problem, direction=direction, epilogue=NO_EPILOGUE)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +60,6 @@ def torch_gradients(
         window = [slice(before, before + size) for (before, _), size in zip(extra, x.shape[2:], strict=True)]
         grad_x = grad_x[(slice(None), slice(None), *window)]
     return grad_x, grad_weight, grad_bias
-
 
 
 @functools.lru_cache(maxsize=MAX_PREPARED)

@@ -90,9 +90,7 @@ def problem_constants(problem: DepthwiseProblem) -> dict[str, int | str]:
 
 
 def problem_sizes(problem: DepthwiseProblem) -> tuple[int, ...]:
-    """The fields of `dwconv::Sizes` (kernels/common.cuh), in their order. For the gradient of x, that of y stands for x,
-    and x for y.
-    """
+    """The fields of `dwconv::Sizes` (kernels/common.cuh), in their order. For the gradient of x, y's stands for x."""
     problem = problem.lifted(3)
     channels, size, out_size = problem.out_channels, problem.size, problem.out_size
     if problem.direction == "grad_input":

@@ -300,7 +300,12 @@ class DepthwiseProblem:
         """
         reach = [d * (k - 1) for d, k in zip(self.dilation, self.filter, strict=True)]
         padding = tuple((r - before, r - after) for r, (before, after) in zip(reach, self.padding, strict=True))
-        if self.direction != "grad_input" or set(self.stride) != {1} or self.multiplier > 1 or min(map(min, padding)) < 0:
+        if (
+            self.direction != "grad_input"
+            or set(self.stride) != {1}
+            or self.multiplier > 1
+            or min(map(min, padding)) < 0
+        ):
             return None
         return replace(
             self, direction="forward", size=self.out_size, padding=padding, reversed=not self.reversed, bias=False

@@ -462,7 +462,9 @@ def test_reports_of_the_first_version_can_be_read() -> None:
 def test_run_case_times_pytorchs_gradients(direction: Any) -> None:
     problem = dataclasses.replace(PROBLEM, direction=direction)
     found = run_case("case", problem, ["eager", "compile"], device="cpu", spec=H200, rounds=1, clock=SteadyClock())
-    assert [row.error_share for row in found.rows] == [None]
+    share = found.rows[0].error_share
+    assert share is not None
+    assert share <= 1
     assert [missing.contender for missing in found.missing] == ["compile"]
 
 

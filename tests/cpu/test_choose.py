@@ -11,14 +11,14 @@ from dwconv.bench.suites import SUITES, load_suite, select
 from dwconv.choose import candidates, choose
 from dwconv.device import H200, PRESETS, preset
 from dwconv.plan import Plan, Rejection, fast_divisor
-from dwconv.problem import DTYPE_BYTES, DepthwiseProblem
+from dwconv.problem import DTYPE_BYTES, DepthwiseProblem, Direction
 from dwconv.variants import REGISTRY
 from dwconv.variants.base import GRID_X_LIMIT, GRID_YZ_LIMIT
-from problems import EDGE_PROBLEMS, LAYOUTS, every_kind, problem_id
+from problems import EDGE_PROBLEMS, LAYOUTS, as_gradient, every_kind, problem_id
 
 KINDS = list(every_kind())
 DEVICES = list(PRESETS.values())
-PLAIN = ("one_per_thread", "tile16")
+PLAIN = ("one_per_thread", "tile16", "one_input_per_thread", "one_tap_per_block")
 
 
 def assert_inside_the_limits(plan: Plan) -> None:
@@ -45,7 +45,8 @@ def test_every_problem_has_plans_inside_the_limits(number: int) -> None:
 @pytest.mark.parametrize("variant", REGISTRY)
 def test_every_variant_serves_what_it_names(variant: str) -> None:
     """A problem of every dtype, layout and dimension, not necessarily of all their mixtures."""
-    plans = [candidates(problem, H200, variant)[0] for problem in KINDS]
+    posed = [as_gradient(problem, direction) for direction in REGISTRY[variant].directions for problem in KINDS]
+    plans = [candidates(problem, H200, variant)[0] for problem in posed]
     served = [plan.problem.lifted(2) for plan in plans if isinstance(plan, Plan)]
     assert {problem.dtype for problem in served} == set(REGISTRY[variant].dtypes)
     assert {problem.layout for problem in served} == set(REGISTRY[variant].layouts)
@@ -98,6 +99,17 @@ def test_fast_division_is_exact() -> None:
                 assert n * multiplier >> shift == n // divisor
 
 
+@pytest.mark.parametrize("direction", ["grad_input", "grad_weight"])
+@pytest.mark.parametrize("number", range(len(KINDS)), ids=lambda number: problem_id(KINDS[number]))
+def test_every_gradient_has_plans_inside_the_limits(number: int, direction: Direction) -> None:
+    problem, device = as_gradient(KINDS[number], direction), DEVICES[number % len(DEVICES)]
+    for candidate in (choose(problem, H200), *candidates(problem, device)):
+        if isinstance(candidate, Plan):
+            assert candidate.problem == problem
+            assert_inside_the_limits(candidate)
+            assert candidate.partial_bytes <= 64 * 2**20, "the workspace that the documents promise"
+
+
 def test_rejections_say_why() -> None:
     wide = candidates(DepthwiseProblem(1, 4, (64, 64), (31, 31)), H200)
     reasons = [c.reason for c in wide if isinstance(c, Rejection)]
@@ -109,7 +121,6 @@ def test_rejections_say_why() -> None:
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        (DepthwiseProblem(1, 4, (9, 9), (3, 3), direction="grad_weight"), "computes forward only"),
         (DepthwiseProblem(1, 4, (9, 9), (3, 3), x_strides=(648, 162, 18, 2)), "neighbouring columns of x must be"),
         (
             DepthwiseProblem(1, 4, (9, 9), (3, 3), x_strides=(648, 2, 72, 8), layout="channels_last"),

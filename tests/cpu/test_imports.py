@@ -33,6 +33,7 @@ LAYERS = (
     ("launch", "emulator"),
     ("reference", "tensors"),
     ("ops",),
+    ("gradient_ops",),
     ("autograd",),
     ("functional",),
     ("modules",),

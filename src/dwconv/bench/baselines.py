@@ -102,22 +102,31 @@ def _eager(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch.Te
     if problem.direction == "forward":
         convolution = pytorch_convolution(problem)
         return lambda: convolution(tensors.x, tensors.weight, tensors.bias)
+    of_x = problem.direction == "grad_input"
     if any(first != last for first, last in problem.padding):
-        raise DepthwiseError("PyTorch's backward takes the same padding on both sides; this problem's is uneven")
-    mask = [problem.direction == "grad_input", problem.direction == "grad_weight", False]
+        return _by_autograd(problem, tensors)
+    mask = [of_x, not of_x, not of_x and problem.bias]
     padding = [pad[0] for pad in problem.padding]
     zeros = [0] * problem.dims
     groups = problem.channels
 
     def backward() -> torch.Tensor:
         gradients = torch.ops.aten.convolution_backward(
-            tensors.grad, tensors.x, tensors.weight, None, list(problem.stride), padding, list(problem.dilation), False,
-            zeros, groups, mask,
+            tensors.grad, tensors.x, tensors.weight, [problem.out_channels], list(problem.stride), padding,
+            list(problem.dilation), False, zeros, groups, mask,
         )  # fmt: skip
         found: torch.Tensor = gradients[mask.index(True)]
         return found
 
     return backward
+
+
+def _by_autograd(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch.Tensor]:
+    """The gradient through what a user writes where convolution takes no such padding."""
+    leaf = (tensors.x if problem.direction == "grad_input" else tensors.weight).detach().requires_grad_()
+    x, weight = (leaf, tensors.weight) if problem.direction == "grad_input" else (tensors.x, leaf)
+    y = pytorch_convolution(problem)(x, weight, tensors.bias)
+    return lambda: torch.autograd.grad(y, leaf, tensors.grad, retain_graph=True)[0]
 
 
 def _compiled(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch.Tensor]:
@@ -129,10 +138,17 @@ def _compiled(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch
 
 
 def _ours(problem: DepthwiseProblem, tensors: Tensors) -> Callable[[], torch.Tensor]:
-    if problem.direction != "forward":
-        raise DepthwiseError(f"dwconv computes forward; {problem.direction} has no function of its own")
     from .. import functional as ours
+    from ..gradient_ops import filter_gradient, input_gradient
+    from ..tensors import Geometry
 
+    if problem.direction != "forward":
+        assert tensors.grad is not None
+        grad, layout = tensors.grad, problem.layout
+        geometry = Geometry(problem.stride, tuple(pad for pair in problem.padding for pad in pair), problem.dilation)
+        if problem.direction == "grad_input":
+            return lambda: input_gradient(grad, tensors.weight, problem.x_shape, geometry, layout)
+        return lambda: filter_gradient(tensors.x, grad, problem.filter, geometry, problem.bias, layout)[0]
     convolution = {1: ours.conv1d, 2: ours.conv2d, 3: ours.conv3d}[problem.dims]
     sizes = (problem.stride, problem.padding, problem.dilation)
     return lambda: convolution(tensors.x, tensors.weight, tensors.bias, *sizes)
@@ -152,20 +168,20 @@ def best_plan(problem: DepthwiseProblem, device: DeviceSpec, variant: str | None
 def variant_contender(plan: Plan, tensors: Tensors, y: torch.Tensor) -> Contender:
     """A plan by itself, which writes into y."""
     launch_now = launcher(plan, compile_plan(plan), y.device.index)
-    bias = 0 if tensors.bias is None else tensors.bias.data_ptr()
-    addresses = (tensors.x.data_ptr(), tensors.weight.data_ptr(), bias, y.data_ptr())
+    operands: list[torch.Tensor | None] = [tensors.x, tensors.weight, tensors.bias, y]
+    if plan.problem.direction == "grad_input":
+        operands = [tensors.grad, tensors.weight, None, y]
+    elif plan.problem.direction == "grad_weight":
+        bias = None if tensors.bias is None else torch.empty_like(tensors.bias)
+        partial = y.new_empty(plan.partial_bytes, dtype=torch.uint8)
+        operands = [tensors.x, tensors.grad, y, bias, partial, y.new_zeros(plan.arrivals, dtype=torch.int32)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in operands]
 
     def run() -> torch.Tensor:
         launch_now(*addresses)
-        return y
+        return operands[3 if plan.problem.direction != "grad_weight" else 2]  # type: ignore[return-value]
 
     return Contender(plan.variant, run, plan.tile, y)
-
-
-def _result_shape(problem: DepthwiseProblem) -> tuple[int, ...]:
-    return {"forward": problem.y_shape, "grad_input": problem.x_shape, "grad_weight": problem.weight_shape}[
-        problem.direction
-    ]
 
 
 def contenders(
@@ -185,8 +201,8 @@ def contenders(
             elif name in REGISTRY:
                 plan = best_plan(problem, device, name)
                 if y is None:
-                    empty = torch.empty(_result_shape(problem), dtype=tensors.x.dtype, device=tensors.x.device)
-                    y = in_layout(empty, problem.layout)
+                    empty = torch.empty(problem.result_shape, dtype=tensors.x.dtype, device=tensors.x.device)
+                    y = empty if problem.direction == "grad_weight" else in_layout(empty, problem.layout)
                 yield variant_contender(plan, tensors, y)
             else:
                 raise DepthwiseError(f"contender={name!r} is unknown: use some of {', '.join(CONTENDERS)}")

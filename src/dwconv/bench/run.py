@@ -228,20 +228,23 @@ def run_case(
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A slice of a forward result in float64, with its rounding bound, on the problem's device.
+    """A slice of a result in float64, with its rounding bound, on the problem's device.
 
-    Images and channels don't depend on each other: of each, the first, the last, and of the channels the middle one.
+    Channels don't depend on each other: the first, the last and the middle one. Neither do images, but in the
+    gradients of filters: the first and the last one.
+
+    Attributes:
+        part: the slice of a result.
     """
 
-    images: list[int]
-    filters: list[int]
+    part: Callable[[Any], Any]
     exact: Any
     bound: Any
 
 
 def expect(problem: DepthwiseProblem, tensors: Any) -> Expected | None:
-    """What a contender must compute; None for the backward directions and for an empty batch."""
-    if problem.direction != "forward" or problem.batch == 0:
+    """What a contender must compute; None for an empty batch."""
+    if problem.batch == 0:
         return None
     from .. import reference
 
@@ -249,15 +252,23 @@ def expect(problem: DepthwiseProblem, tensors: Any) -> Expected | None:
     channels = sorted({0, problem.channels // 2, problem.channels - 1})
     filters = [c * problem.multiplier + j for c in channels for j in range(problem.multiplier)]
     small = problem.with_batch(len(images), len(channels))
+    if problem.direction == "grad_weight":
+        small = problem.with_batch(problem.batch, len(channels))
+        exact, bound = reference.filter_gradient(tensors.x[:, channels], tensors.grad[:, filters], small)
+        taps = problem.taps
+        return Expected(lambda y: y[filters].reshape(-1, taps), exact[:, :taps], bound[:, :taps])
+    if problem.direction == "grad_input":
+        exact, bound = reference.input_gradient(tensors.grad[images][:, filters], tensors.weight[filters], small)
+        return Expected(lambda y: y[images][:, channels], exact, bound)
     bias = None if tensors.bias is None else tensors.bias[filters]
     exact, bound = reference.forward(tensors.x[images][:, channels], tensors.weight[filters], bias, small)
-    return Expected(images, filters, exact, bound)
+    return Expected(lambda y: y[images][:, filters], exact, bound)
 
 
 def check(
     problem: DepthwiseProblem, tensors: Any, contender: Any, expected: Expected | None = None
 ) -> tuple[float, float] | None:
-    """The largest error on a slice, and the largest share of its rounding bound; None for the backward directions.
+    """The largest error on a slice, and the largest share of its rounding bound; None for an empty batch.
 
     A result tensor that was allocated beforehand is filled with NaN, and none may be left.
     """
@@ -269,7 +280,7 @@ def check(
         return None
     if y.isnan().any():
         return math.inf, math.inf
-    error = (y[expected.images][:, expected.filters].double() - expected.exact).abs()
+    error = (expected.part(y).double() - expected.exact).abs()
     return float(error.max()), float((error / expected.bound).max())
 
 

@@ -137,7 +137,9 @@ def kernel_arguments(plan: Plan, *tensors: Tensor | None) -> list[Argument]:
     """What the entry of every kernel takes: Tensors (x, weight, bias, y, scale, shift, residual) or FilterGradients (x,
     g, dw, db, partial, arrivals), Sizes and Tiling.
     """
-    addresses = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() if tensor is not None else None for tensor in tensors))
+    addresses = (ctypes.c_void_p * len(tensors))(
+        *(tensor.data_ptr() if tensor is not None else None for tensor in tensors)
+    )
     sizes = (ctypes.c_int64 * len(plan.sizes))(*plan.sizes)
     tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
     return [addresses, sizes, tiling]
@@ -220,7 +222,11 @@ def _check_tensors(
 ) -> None:
     problem = plan.problem
     epilogue, per_channel = problem.epilogue, (problem.out_channels,)
-    expected = [("x", x, problem.source_shape), ("weight", weight, problem.weight_shape), ("y", y, problem.result_shape)]
+    expected = [
+        ("x", x, problem.source_shape),
+        ("weight", weight, problem.weight_shape),
+        ("y", y, problem.result_shape),
+    ]
     for name, tensor, wanted, shape in (
         ("bias", bias, problem.bias and problem.direction == "forward", per_channel),
         ("scale", scale, epilogue.scale, per_channel),
