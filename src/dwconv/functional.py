@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import autograd, ops
+from . import autograd
 from .problem import ACTIVATIONS, Epilogue, Padding, expand, padding_pairs
-from .tensors import NO_EXTRAS, Extras, Geometry, check_dims
+from .tensors import Extras, Geometry, check_dims
 
 __all__ = ["CONVOLUTIONS", "conv1d", "conv2d", "conv3d"]
 
@@ -90,9 +90,13 @@ def conv2d(
     residual's, and y is rounded once.
 
     CUDA tensors run dwconv's kernels: float16, bfloat16 and float32 are summed in float32 (never TF32), float64 in
-    float64. CPU tensors (outside of `dwconv.emulated()`) and everything under `torch.autocast` go to PyTorch's own
-    convolution and operations. Gradients are PyTorch's; with an activation or a scale the backward computes the sum
-    again instead of keeping it.
+    float64. CPU tensors (outside of `dwconv.emulated()`) go to PyTorch's own convolution and operations. Under
+    `torch.autocast` all tensors but those of float64 are cast to its dtype, as those of F.conv2d are.
+
+    Gradients of x, weight and bias run dwconv's kernels, too, those that are asked for; of any order. Those of filters
+    and bias are summed in float32 (float64), in an order that is the same on every run; up to 64 MB of workspace hold
+    partial sums. With an activation or a scale the backward computes the sum again instead of keeping it. A gradient of
+    y that isn't dense in x's layout, such as an expanded one, is copied.
 
     Memory: y has PyTorch's memory format: channels_last where x or weight is, by `Tensor.suggest_memory_format`
     (float64 on CUDA is always contiguous). Kernels read any x whose columns, or channels, are neighbours in memory as
@@ -238,6 +242,17 @@ def _convolution(
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, extras: Extras | None) -> Tensor:
-    if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
-        return ops.torch_convolution(x, weight, bias, geometry, extras or NO_EXTRAS)
+    device = "cuda" if x.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = _cast(x, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+        if extras is not None:
+            tensors = (None if tensor is None else _cast(tensor, dtype) for tensor in extras[1:])
+            extras = Extras(extras.activation, *tensors)
     return autograd.convolution(x, weight, bias, geometry, extras)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as autocast hands it to a convolution: float64 stays what it is."""
+    return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.to(dtype)

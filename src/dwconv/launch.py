@@ -164,9 +164,26 @@ def launch(
     residual: torch.Tensor | None = None,
 ) -> None:
     """Launches a plan once, on the current stream of x's device. An empty output launches nothing."""
-    if y.numel() == 0:
-        return
-    index = x.device.index
+    if y.numel():
+        _launch_tensors(plan, compiled, x, weight, bias, y, scale, shift, residual)
+
+
+def launch_filter_gradient(
+    plan: Plan,
+    compiled: CompiledKernel,
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    grad_weight: torch.Tensor,
+    grad_bias: torch.Tensor | None,
+) -> None:
+    """Launches a plan for grad_weight once, with memory of its own for partial sums."""
+    partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8)
+    arrivals = x.new_zeros(plan.arrivals, dtype=torch.int32)
+    _launch_tensors(plan, compiled, x, grad, grad_weight, grad_bias, partial, arrivals)
+
+
+def _launch_tensors(plan: Plan, compiled: CompiledKernel, *tensors: torch.Tensor | None) -> None:
+    assert tensors[0] is not None, "every kernel reads a tensor"
+    index = tensors[0].device.index
     with torch.cuda.device(index):
-        tensors = (x, weight, bias, y, scale, shift, residual)
         launcher(plan, compiled, index)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))

@@ -155,8 +155,11 @@ def test_compile_traces_gradients():
 
 def test_autocast_casts_as_torch_does():
     call = random_call((2, 3, 11, 14), (3, 4), multiplier=2, bias=True)
-    with torch.autocast("cpu", torch.bfloat16), dwconv.emulated():
+    with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(call(), F.conv2d(call.x, call.weight, call.bias, groups=3))
+    with torch.autocast("cpu", torch.bfloat16), dwconv.emulated():
+        theirs = F.conv2d(call.x, call.weight, call.bias, groups=3)
+        torch.testing.assert_close(call(), theirs)
         mixed = dwconv.Conv2d(3, 6, 3, padding=1, groups=3)(call.x.bfloat16())
         finished = dwconv.conv2d(
             call.x, call.weight, activation="relu", scale=call.bias, residual=torch.ones(2, 6, 9, 11)

@@ -351,11 +351,18 @@ def test_a_stream_of_sizes_compiles_few_kernels(padding):
     assert len(compile._kernels) - before <= 4
 
 
-def test_autocast_goes_to_torch():
-    x, weight = tensors(2, 6, 20, 24)
-    with torch.autocast("cuda", torch.float16):
-        y = dwconv.conv2d(x, weight, activation="relu")
-        assert torch.equal(y, F.relu(F.conv2d(x, weight, groups=6)))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_casts_as_torch_does(dtype):
+    x, weight = (tensor.requires_grad_() for tensor in tensors(2, 6, 20, 24))
+    with torch.autocast("cuda", dtype):
+        y, theirs = dwconv.conv2d(x, weight, activation="relu"), F.relu(F.conv2d(x, weight, groups=6))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, theirs)
+    grad = torch.randn_like(y)
+    ours, expected = (torch.autograd.grad(result, (x, weight), grad) for result in (y, theirs))
+    for mine, other in zip(ours, expected, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, other, atol=2 * torch.finfo(dtype).eps * float(other.abs().max()), rtol=0)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
