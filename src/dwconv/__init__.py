@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from .emulator import emulated
     from .functional import conv1d, conv2d, conv3d
     from .modules import Conv1d, Conv2d, Conv3d
+    from .preparation import prepare
 
 _LAZY = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), "functional"),
     **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), "modules"),
     "convert": "conversion",
     "emulated": "emulator",
+    "prepare": "preparation",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "conv3d",
     "convert",
     "emulated",
+    "prepare",
 ]
 
 

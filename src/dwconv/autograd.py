@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import emulator
+from . import emulator, transforms
 from .gradient_ops import filter_gradient, input_gradient, torch_gradients
 from .ops import LIBRARY, geometry_of, operator_arguments, run_on_cuda, takes_now, torch_epilogue
 from .tensors import NO_EXTRAS, Extras, Geometry, layout_of, result_layout
@@ -42,7 +42,9 @@ def convolution(
 ) -> Tensor:
     """The operator, by the shortest way that the tensors allow, with gradients where some are required."""
     y: Tensor
-    if torch.compiler.is_compiling() or not takes_now(x, weight, bias, extras):
+    if not torch.compiler.is_compiling() and transforms.is_transformed():
+        y = transforms.convolution(x, weight, bias, geometry, extras)
+    elif torch.compiler.is_compiling() or not takes_now(x, weight, bias, extras):
         y = torch.ops.dwconv.convolution(*operator_arguments(x, weight, bias, geometry, extras or NO_EXTRAS))
     elif torch.is_grad_enabled() and (
         x.requires_grad

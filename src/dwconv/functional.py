@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, flops  # noqa: F401  # flops registers what profilers count
 from .problem import ACTIVATIONS, Epilogue, Padding, expand, padding_pairs
 from .tensors import Extras, Geometry, check_dims
 

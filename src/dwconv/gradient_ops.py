@@ -17,13 +17,13 @@ from .choose import choose, ranked
 from .compile import compile_first
 from .device import preset
 from .launch import Launch, device_spec, launcher
-from .ops import LIBRARY, MAX_PREPARED, geometry_of
+from .ops import LIBRARY, MAX_PREPARED, geometry_of, is_watched, note_traced, without_data
 from .plan import Plan
 from .problem import DepthwiseProblem, Layout
 from .tensors import Geometry, admits, empty, gradient_problem, in_layout
 
 LIBRARY.define(
-    "input_gradient(Tensor grad, Tensor weight, int[] shape, int[] stride, int[] padding, int[] dilation, "
+    "input_gradient(Tensor grad, Tensor weight, SymInt[] shape, int[] stride, int[] padding, int[] dilation, "
     "bool channels_last) -> Tensor"
 )
 # The gradient of the bias has no elements where it isn't wanted.
@@ -63,7 +63,7 @@ def torch_gradients(
 
 
 @functools.lru_cache(maxsize=MAX_PREPARED)
-def _prepared(problem: DepthwiseProblem, index: int) -> tuple[Plan, Launch]:
+def prepared_gradient(problem: DepthwiseProblem, index: int) -> tuple[Plan, Launch]:
     """Problem -> plan -> compiled kernel -> launcher, once for each problem and device."""
     plan, compiled = compile_first(ranked(problem, device_spec(index)))
     return plan, launcher(plan, compiled, index)
@@ -97,7 +97,7 @@ def input_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, ...], geometr
     emulation = emulator.active()
     if grad.is_cuda:
         with torch.cuda.device(grad.get_device()):
-            _, launch = _prepared(problem, grad.get_device())
+            _, launch = prepared_gradient(problem, grad.get_device())
             launch(grad.data_ptr(), weight.data_ptr(), 0, result.data_ptr())
     else:
         assert emulation is not None, "CPU tensors go to PyTorch"
@@ -123,7 +123,7 @@ def filter_gradient(
     emulation = emulator.active()
     if x.is_cuda:
         with torch.cuda.device(x.get_device()):
-            plan, launch = _prepared(problem, x.get_device())
+            plan, launch = prepared_gradient(problem, x.get_device())
             partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8)
             arrivals = _arrivals(plan.arrivals, x) if plan.arrivals else None
             launch(
@@ -178,7 +178,13 @@ def _trace_input_gradient(
     dilation: Sequence[int],
     channels_last: bool,
 ) -> Tensor:
-    return empty(grad, tuple(shape), _layout(channels_last))
+    layout = _layout(channels_last)
+    if is_watched():
+        geometry = geometry_of(tuple(stride), tuple(padding), tuple(dilation))
+        dense = in_layout(without_data(grad), layout)
+        problem = gradient_problem("grad_input", dense, shape, weight.shape, geometry, layout=layout)
+        note_traced(problem, grad.get_device())
+    return empty(grad, tuple(shape), layout)
 
 
 def _run_filter_gradient(
@@ -210,7 +216,14 @@ def _trace_filter_gradient(
     bias: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty((grad.shape[1], 1, *filter)), x.new_empty(grad.shape[1] if bias else 0)
+    layout, weight_shape = _layout(channels_last), (grad.shape[1], 1, *filter)
+    if is_watched():
+        geometry = geometry_of(tuple(stride), tuple(padding), tuple(dilation))
+        dense, image = in_layout(without_data(grad), layout), without_data(x)
+        image = image if admits(image, layout) else in_layout(image, layout)
+        problem = gradient_problem("grad_weight", dense, x.shape, weight_shape, geometry, image, bias, layout)
+        note_traced(problem, x.get_device())
+    return x.new_empty(weight_shape), x.new_empty(grad.shape[1] if bias else 0)
 
 
 for _name, _run, _trace in (

@@ -48,8 +48,8 @@ def _failure(status: int, what: str) -> DepthwiseError:
     """The error of a driver call that returned `status`."""
     if status == _STREAM_CAPTURE_UNSUPPORTED:
         return DepthwiseError(
-            f"{what} isn't possible while a CUDA graph is being captured: call the layer once with the same shapes "
-            "before the capture, so that its kernel is loaded"
+            f"{what} isn't possible while a CUDA graph is being captured: call `dwconv.prepare(module, *inputs)`, or "
+            "the layer once with the same shapes, before the capture, so that its kernels are loaded"
         )
     if status in _UNLOADABLE:
         return DepthwiseError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import forward_ad
 
 from . import emulator
@@ -102,7 +105,7 @@ def torch_epilogue(y: Tensor, extras: Extras) -> Tensor:
 
 
 @functools.lru_cache(maxsize=MAX_PREPARED)
-def _launcher_of(problem: DepthwiseProblem, index: int) -> Launch:
+def prepared_convolution(problem: DepthwiseProblem, index: int) -> Launch:
     """Problem -> plan -> compiled kernel -> launcher; the whole flow, once for each problem and device."""
     return launcher(*compile_first(ranked(problem, device_spec(index))), index)
 
@@ -161,7 +164,7 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
         _prepared.clear()
     shape, layout = problem.y_shape, problem.layout
     return _Prepared(
-        launch=_nothing if 0 in shape else _launcher_of(problem, x.get_device()),
+        launch=_nothing if 0 in shape else prepared_convolution(problem, x.get_device()),
         y_shape=shape,
         y_strides=None if layout == "channels_first" else dense_strides(shape, layout),
         layout=layout,
@@ -273,7 +276,43 @@ def _run_nowhere(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     ]
     shape = (x.shape[0], weight.shape[0], *sizes)
     check_residual(extras.residual, shape)
+    if is_watched() and 0 not in shape:
+        tensors = (None if tensor is None else without_data(tensor) for tensor in extras[1:])
+        bias = None if bias is None else without_data(bias)
+        found = _arranged(without_data(x), without_data(weight), bias, geometry, Extras(extras.activation, *tensors))
+        note_traced(found[0], x.get_device())
     return empty(x, shape, result_layout(x, weight))
+
+
+_watchers: ContextVar[list[tuple[DepthwiseProblem, int]] | None] = ContextVar("dwconv_watchers", default=None)
+
+
+@contextmanager
+def watching(found: list[tuple[DepthwiseProblem, int]]) -> Iterator[None]:
+    """Inside, problems that operators are traced with are put in a list, with the index of their device (CPU: -1)."""
+    token = _watchers.set(found)
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
+
+
+def is_watched() -> bool:
+    """Whether traced problems are put in a list."""
+    return _watchers.get() is not None
+
+
+def note_traced(problem: DepthwiseProblem, index: int) -> None:
+    """Puts a problem in the list of `watching`; only while there is one."""
+    watchers = _watchers.get()
+    assert watchers is not None, "call it only where is_watched()"
+    watchers.append((problem, index))
+
+
+def without_data(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, strides and dtype on the meta device, whose address is 0: aligned to anything."""
+    with unset_fake_temporarily():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _operator(run: Any) -> Any:

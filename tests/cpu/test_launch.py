@@ -12,7 +12,7 @@ from dwconv.device import H200
 @pytest.mark.parametrize(
     ("status", "remedy"),
     [
-        (900, "call the layer once with the same shapes before the capture"),
+        (900, "call `dwconv.prepare"),
         (209, "update the driver, or install a nvidia-cuda-nvrtc of the driver's CUDA version"),
         (222, "the driver is older than the compiler"),
     ],
