@@ -268,6 +268,16 @@ def test_export():
     torch.testing.assert_close(program.module()(x[:1]), layer(x[:1]))
 
 
+def test_a_package_of_aotinductor(tmp_path: Path):
+    layer = dwconv.Conv2d(4, 4, 3, padding=1, groups=4)
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(2, 4, 6, 7),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        run = torch._inductor.aoti_load_package(package)
+        x = torch.randn(3, 4, 6, 7)
+        torch.testing.assert_close(run(x), layer(x))
+
+
 # ---- two processes ----
 
 _WORKER = """

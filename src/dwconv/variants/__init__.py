@@ -29,9 +29,9 @@ REGISTRY: dict[str, Variant] = {
         SparseNhwc(),
         VolumeNcdhw(),
         VolumeNdhwc(),
-        OnePerThread(),
         OneInputPerThread(),
         OneTapPerBlock(),
+        OnePerThread(),
         Tile16(),
     )
 }
