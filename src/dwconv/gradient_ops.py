@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,25 +85,54 @@ def _arrivals(count: int, like: Tensor) -> Tensor:
     return found
 
 
+class _Ready(NamedTuple):
+    """What a call with these shapes and strides needs.
+
+    Attributes:
+        plan, launch: None of both where there is nothing to sum.
+        copies_x, copies_grad: whether they must be copied to the layout first.
+    """
+
+    plan: Plan | None
+    launch: Launch | None
+    copies_x: bool
+    copies_grad: bool
+
+
+# What a call looks up first: everything that decides its launcher, as plain values.
+_ready: dict[tuple[Any, ...], _Ready] = {}
+
+
+def _remembered(key: tuple[Any, ...], ready: _Ready) -> _Ready:
+    if len(_ready) >= MAX_PREPARED:
+        _ready.clear()
+    _ready[key] = ready
+    return ready
+
+
 def input_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, ...], geometry: Geometry, layout: Layout) -> Tensor:
     """dx of this shape, dense in the layout, by dwconv's kernels: on a GPU, or under the emulator.
 
     A grad that isn't dense in the layout is copied.
     """
-    grad, weight = in_layout(grad, layout), weight.contiguous()
-    problem = gradient_problem("grad_input", grad, shape, weight.shape, geometry, layout=layout)
-    result = empty(grad, shape, layout)
-    if result.numel() == 0:
-        return result
-    emulation = emulator.active()
-    if grad.is_cuda:
-        with torch.cuda.device(grad.get_device()):
-            _, launch = prepared_gradient(problem, grad.get_device())
-            launch(grad.data_ptr(), weight.data_ptr(), 0, result.data_ptr())
-    else:
-        assert emulation is not None, "CPU tensors go to PyTorch"
-        plan = choose(problem, preset(emulation.arch), emulation.variant_for(problem))
-        emulator.run(plan, grad, weight, None, result, order_seed=emulation.order_seed)
+    index = grad.get_device()
+    if index < 0:
+        return _emulated_input_gradient(in_layout(grad, layout), weight.contiguous(), shape, geometry, layout)
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return input_gradient(grad, weight, shape, geometry, layout)
+    key = (grad.shape, grad.stride(), weight.shape, shape, grad.dtype, grad.data_ptr() & 15, index, geometry, layout)
+    ready = _ready.get(key)
+    if ready is None:
+        dense = in_layout(grad, layout)
+        problem = gradient_problem("grad_input", dense, shape, weight.shape, geometry, layout=layout)
+        plan, launch = prepared_gradient(problem, index) if 0 not in shape else (None, None)
+        ready = _remembered(key, _Ready(plan, launch, False, dense is not grad))
+    if ready.copies_grad:
+        grad = in_layout(grad, layout)
+    weight, result = weight.contiguous(), empty(grad, shape, layout)
+    if ready.launch is not None:
+        ready.launch(grad.data_ptr(), weight.data_ptr(), 0, result.data_ptr())
     return result
 
 
@@ -113,34 +143,77 @@ def filter_gradient(
 
     A grad that isn't dense in the layout is copied, and an x whose columns or channels aren't neighbours there.
     """
-    grad = in_layout(grad, layout)
-    x = x if admits(x, layout) else in_layout(x, layout)
-    weight_shape = (grad.shape[1], 1, *taps)
-    grad_weight, grad_bias = x.new_empty(weight_shape), x.new_empty(grad.shape[1] if bias else 0)
+    index = x.get_device()
+    if index < 0:
+        return _emulated_filter_gradient(_readable(x, layout), in_layout(grad, layout), taps, geometry, bias, layout)
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):
+            return filter_gradient(x, grad, taps, geometry, bias, layout)
+    aligned = (x.data_ptr() | grad.data_ptr()) & 15
+    key = (x.shape, x.stride(), grad.shape, grad.stride(), taps, x.dtype, aligned, index, geometry, bias, layout)
+    ready = _ready.get(key)
+    if ready is None:
+        image, dense = _readable(x, layout), in_layout(grad, layout)
+        weight_shape = (grad.shape[1], 1, *taps)
+        problem = gradient_problem("grad_weight", dense, x.shape, weight_shape, geometry, image, bias, layout)
+        plan, launch = prepared_gradient(problem, index) if x.numel() else (None, None)
+        ready = _remembered(key, _Ready(plan, launch, image is not x, dense is not grad))
+    if ready.copies_x:
+        x = in_layout(x, layout)
+    if ready.copies_grad:
+        grad = in_layout(grad, layout)
+    channels = grad.shape[1]
+    grad_weight, grad_bias = x.new_empty((channels, 1, *taps)), x.new_empty(channels if bias else 0)
+    plan, launch = ready.plan, ready.launch
+    if plan is None or launch is None:
+        return grad_weight.zero_(), grad_bias.zero_()
+    # Both must live until the launch.
+    partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8) if plan.partial_bytes else None
+    arrivals = _arrivals(plan.arrivals, x) if plan.arrivals else None
+    launch(
+        x.data_ptr(),
+        grad.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
+        0 if partial is None else partial.data_ptr(),
+        0 if arrivals is None else arrivals.data_ptr(),
+    )
+    return grad_weight, grad_bias
+
+
+def _readable(x: Tensor, layout: Layout) -> Tensor:
+    return x if admits(x, layout) else in_layout(x, layout)
+
+
+def _emulated_input_gradient(
+    grad: Tensor, weight: Tensor, shape: tuple[int, ...], geometry: Geometry, layout: Layout
+) -> Tensor:
+    problem = gradient_problem("grad_input", grad, shape, weight.shape, geometry, layout=layout)
+    result = empty(grad, shape, layout)
+    if result.numel():
+        plan, emulation = _emulated_plan(problem)
+        emulator.run(plan, grad, weight, None, result, order_seed=emulation.order_seed)
+    return result
+
+
+def _emulated_filter_gradient(
+    x: Tensor, grad: Tensor, taps: tuple[int, ...], geometry: Geometry, bias: bool, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    channels = grad.shape[1]
+    grad_weight, grad_bias = x.new_empty((channels, 1, *taps)), x.new_empty(channels if bias else 0)
     if x.numel() == 0:
         return grad_weight.zero_(), grad_bias.zero_()
-    problem = gradient_problem("grad_weight", grad, x.shape, weight_shape, geometry, x, bias, layout)
-    emulation = emulator.active()
-    if x.is_cuda:
-        with torch.cuda.device(x.get_device()):
-            plan, launch = prepared_gradient(problem, x.get_device())
-            partial = x.new_empty(plan.partial_bytes, dtype=torch.uint8)
-            arrivals = _arrivals(plan.arrivals, x) if plan.arrivals else None
-            launch(
-                x.data_ptr(),
-                grad.data_ptr(),
-                grad_weight.data_ptr(),
-                grad_bias.data_ptr(),
-                partial.data_ptr(),
-                0 if arrivals is None else arrivals.data_ptr(),
-            )
-    else:
-        assert emulation is not None, "CPU tensors go to PyTorch"
-        plan = choose(problem, preset(emulation.arch), emulation.variant_for(problem))
-        emulator.run_filter_gradient(
-            plan, x, grad, grad_weight, grad_bias if bias else None, order_seed=emulation.order_seed
-        )
+    problem = gradient_problem("grad_weight", grad, x.shape, grad_weight.shape, geometry, x, bias, layout)
+    plan, emulation = _emulated_plan(problem)
+    of_bias = grad_bias if bias else None
+    emulator.run_filter_gradient(plan, x, grad, grad_weight, of_bias, order_seed=emulation.order_seed)
     return grad_weight, grad_bias
+
+
+def _emulated_plan(problem: DepthwiseProblem) -> tuple[Plan, emulator.Emulation]:
+    emulation = emulator.active()
+    assert emulation is not None, "CPU tensors go to PyTorch outside of the emulator"
+    return choose(problem, preset(emulation.arch), emulation.variant_for(problem)), emulation
 
 
 def _left_to_torch(tensor: Tensor) -> bool:

@@ -268,6 +268,7 @@ def test_export():
     torch.testing.assert_close(program.module()(x[:1]), layer(x[:1]))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of PyTorch, in itself
 def test_a_package_of_aotinductor(tmp_path: Path):
     layer = dwconv.Conv2d(4, 4, 3, padding=1, groups=4)
     with torch.no_grad():
