@@ -1,0 +1,325 @@
+"""phases_nhwc: gradients of x with a stride or a multiplier, channels last: a thread makes all phases of its places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..device import DeviceSpec
+from ..plan import Plan, Rejection, fast_divisor, legal, problem_constants, problem_sizes
+from ..problem import DepthwiseProblem
+from .base import GRID_X_LIMIT, Variant
+from .phases import MAX_PRODUCTS, g_strides, norm_seconds, out_of_reach, reaches
+from .strips import divided, too_long, up, widest
+
+MAX_REGISTERS = 160  # of the estimate; ptxas takes more where there are
+KEPT = 40  # numbers of the filter that stay in registers; twin of kKept
+COMFORTABLE = 124  # of the estimate: two blocks of 256 threads fit on a multiprocessor
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The free choices. A thread takes `rows` × `columns` places of g and `vector` neighbouring channels of dx.
+
+    Attributes:
+        chunk: channels of dx of a block.
+        load, copy: elements of g that a thread loads, or copies to shared memory, with one instruction.
+        staged: whether a block's part of g waits in shared memory, not in registers.
+        threads: of a block.
+        min_blocks: blocks that a multiprocessor should hold, which limits a thread's registers.
+    """
+
+    rows: int
+    columns: int
+    vector: int
+    chunk: int
+    load: int
+    copy: int
+    staged: bool
+    threads: int
+    min_blocks: int
+
+    def __str__(self) -> str:
+        how = "staged" if self.staged else "from registers"
+        return (
+            f"{self.rows} × {self.columns} places × {self.vector} channels a thread, {self.chunk} channels and "
+            f"{self.threads} threads a block, {how}"
+        )
+
+    @property
+    def spots(self) -> int:
+        """Threads of a block that work on the same channels."""
+        return self.threads * self.vector // self.chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How images are cut: threads side by side and one above the other in a tile, and images of a tile."""
+
+    column_groups: int
+    row_groups: int
+    images: int
+    column_tiles: int
+    row_tiles: int
+    in_columns: int
+    in_rows: int
+    tiles: int
+
+
+class PhasesNhwc(Variant):
+    stem = "phases_nhwc"
+    directions = ("grad_input",)
+    layouts = ("channels_last",)
+    technique = (
+        "each thread takes a few places of g and some neighbouring channels, loads what its tile of dx reads before it "
+        "uses the first of it, and makes all phases of the stride, a tap for all places at a time"
+    )
+
+    def unsupported(self, problem: DepthwiseProblem) -> str | None:
+        return super().unsupported(problem) or out_of_reach(problem)
+
+    def tiles(self, problem: DepthwiseProblem) -> Iterator[Tile]:
+        """Tiles in question: a few shapes, of narrow chunks and wide ones, from registers and staged."""
+        most, half = 16 // problem.element_bytes, problem.element_bytes == 2
+        found: dict[Tile, None] = {}
+        for staged in (False, True):
+            for rows, columns, threads in self.shapes(problem, staged):
+                vector = most
+                limit = MAX_REGISTERS - 20 if (rows, columns) == (7, 1) and problem.taps <= 9 else COMFORTABLE
+                while vector > 1 and registers(problem, rows, columns, vector, staged) > limit:
+                    vector //= 2
+                halved = half and problem.multiplier == 1 and vector == most and (rows, columns) == (2, 2)
+                for wanted in (vector, vector // 2) if halved else (vector,):
+                    for most_bytes in (128, 512) if problem.multiplier == 1 else (64, 128):
+                        found[self.tile(problem, rows, columns, wanted, most_bytes, staged, threads)] = None
+        found[self.tile(problem, 1, 1, 1, 64, False, 128)] = None  # where nothing else is legal
+        yield from found
+
+    def shapes(self, problem: DepthwiseProblem, staged: bool) -> list[tuple[int, int, int]]:
+        """Rows and columns of places of a thread, and threads of a block."""
+        if problem.size[0] == problem.filter[0] == 1:
+            return [(1, 4, 256), (1, 2, 256), (1, 1, 256)]
+        if max(problem.stride) == 1:
+            small = [(2, 2, 256), (1, 1, 256)]
+            return [(7, 4, 128), (4, 4, 128), (4, 4, 256), *small] if staged else [*small, (1, 2, 256)]
+        found = [(2, 2, 256), (2, 2, 128), (1, 2, 256), (1, 1, 256)]
+        if max(problem.size) <= 14 * max(problem.stride):
+            found.insert(0, (7, 1, 128))
+        if problem.taps > 9 and problem.element_bytes == 2:
+            found.insert(0, (4, 2, 192))
+        return found
+
+    def tile(
+        self,
+        problem: DepthwiseProblem,
+        rows: int,
+        columns: int,
+        wanted: int,
+        most_bytes: int,
+        staged: bool,
+        threads: int,
+    ) -> Tile:
+        """A tile, with vectors as wide as addresses allow."""
+        element, multiplier = problem.element_bytes, problem.multiplier
+        elements = min(problem.aligned, 16) // element
+        image, _, row, column = g_strides(problem)
+        vector = widest(min(wanted, elements), problem.channels)
+        chunk = chunk_of(problem, vector, most_bytes)
+        load = widest(elements, vector * multiplier, image, row, column)
+        copy = widest(load, chunk * multiplier)
+        blocks = 65536 // threads // up(registers(problem, rows, columns, vector, staged), 8)
+        return Tile(rows, columns, vector, chunk, load, copy, staged, threads, max(1, min(4, blocks)))
+
+    def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
+        """The plans of all legal tiles: for tests and for tuning."""
+        return legal(self.plan(problem, device, tile) for tile in self.tiles(problem))
+
+    def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
+        for tile in self.tiles(problem):
+            yield self.plan(problem, device, tile)
+
+    def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
+        """The plan of one tile, or why it is not legal."""
+
+        def rejected(reason: str) -> Rejection:
+            return Rejection(self.stem, str(tile), reason)
+
+        if reason := too_long(problem):
+            return rejected(reason)
+        products = problem.taps * problem.multiplier * tile.rows * tile.columns * tile.vector
+        elements = tile.rows * tile.columns * tile.vector * math.prod(problem.stride)
+        if products + elements > MAX_PRODUCTS:
+            return rejected(f"{products} products for {elements} elements of dx are too many to be unrolled")
+        needed = registers(problem, tile.rows, tile.columns, tile.vector, tile.staged)
+        if needed > MAX_REGISTERS:
+            return rejected(f"needs about {needed} registers a thread; {MAX_REGISTERS} is the most")
+        if tile.spots < 1 or tile.chunk * problem.multiplier // tile.copy > tile.threads:
+            return rejected(f"a pixel's {tile.chunk} channels take more than {tile.threads} threads")
+        _, _, row, column = g_strides(problem)
+        pixels = (tile.rows * problem.stride[0] + 1) * problem.size[1]
+        if max(row, column, pixels * problem.channels) >= 2**31:
+            return rejected("rows of g or dx are too long for 32-bit offsets")
+        limit = device.shared_bytes // 2 - 1024
+        one = best_cut(problem, tile, limit - filter_bytes(problem, tile))
+        if one is None:
+            return rejected(f"filters and a tile of g with its halo take more than {limit} bytes of shared memory")
+        chunks = divided(problem.channels, tile.chunk)
+        if max(1, one.tiles) * chunks > GRID_X_LIMIT:
+            return rejected(f"{one.tiles} tiles of {chunks} chunks can't be numbered in 31 bits")
+        slots = max(1, tile.threads // max(1, tile.chunk * problem.multiplier // tile.copy))
+        constants = problem_constants(problem) | {
+            "THREADS": tile.threads,
+            "MIN_BLOCKS": tile.min_blocks,
+            "CHUNK": tile.chunk,
+            "VECTOR": tile.vector,
+            "LOAD": tile.load,
+            "COPY": tile.copy,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "STAGED": int(tile.staged),
+            "MANY_IMAGES": int(one.images > 1),
+        }
+        divisors = (chunks, one.column_tiles, one.row_tiles, one.column_groups, one.row_groups)
+        return Plan(
+            problem=problem,
+            device=device,
+            variant=self.stem,
+            constants=tuple(sorted(constants.items())),
+            grid=(max(1, one.tiles * chunks), 1, 1),
+            block=(tile.threads, 1, 1),
+            shared_bytes=filter_bytes(problem, tile) + stage_bytes(problem, tile, one),
+            sizes=problem_sizes(problem),
+            tiling=(
+                *(field for divisor in (*divisors, one.in_columns, one.in_rows) for field in fast_divisor(divisor)),
+                one.images,
+                problem.batch,
+                one.tiles,
+                1,
+                1,
+                1,
+                max(1, slots // one.in_columns),
+            ),
+            tile=f"{tile}, {one.images} × {one.row_groups} × {one.column_groups} of them",
+            predicted_seconds=seconds(problem, device, tile, one),
+        )
+
+
+def registers(problem: DepthwiseProblem, rows: int, columns: int, vector: int, staged: bool) -> int:
+    """Registers that a thread can do with: g as it lies in memory, the sums of one phase, a tap, and addresses."""
+    (row, column), element = reaches(problem), problem.element_bytes
+    numbers = (columns + column.span - 1) * vector * problem.multiplier
+    if staged and max(problem.stride) == 1:  # one row of g, unfinished rows of sums, and the filter
+        taps = problem.taps * problem.multiplier * vector
+        sums = min(rows, row.span) * columns * vector
+        return (numbers + sums + (taps if taps <= KEPT else vector + 16)) * max(1, element // 4) + 34
+    window = (rows + row.span - 1) * numbers
+    return divided(window * element, 4) + max(1, element // 4) * (rows * columns + 1) * vector + 34
+
+
+def chunk_of(problem: DepthwiseProblem, vector: int, most_bytes: int) -> int:
+    """Channels of a block: at most `most_bytes` of a pixel, whole sectors, with few idle threads.
+
+    >>> half = dict(batch=1, size=(8, 8), filter=(3, 3), stride=(2, 2), dtype="float16", direction="grad_input")
+    >>> [chunk_of(DepthwiseProblem(channels=c, **half), 8, 128) for c in (8, 64, 72, 96, 144, 240)]
+    [8, 64, 72, 48, 48, 48]
+    """
+    channels, size = problem.channels, problem.element_bytes
+    most = max(vector, most_bytes // size // vector * vector)
+    if channels * 8 <= most * 9:
+        return channels
+
+    def cost(chunk: int) -> float:
+        idle = divided(channels, chunk) * chunk / channels
+        ragged = 0 if chunk * size % 32 == 0 or channels * size % 32 else 0.3  # sectors that two blocks write
+        return idle + ragged + 8 / (chunk * size)
+
+    return min(range(vector, most + 1, vector), key=cost)
+
+
+def filter_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
+    pitch = up(tile.chunk, 4) + 4
+    return up(problem.multiplier * problem.taps * pitch * (8 if problem.dtype == "float64" else 4), 16)
+
+
+def stage_bytes(problem: DepthwiseProblem, tile: Tile, one: Cut) -> int:
+    elements = one.in_rows * one.in_columns * one.images * tile.chunk * problem.multiplier
+    return up(elements * problem.element_bytes, 16) if tile.staged else 0
+
+
+def cut(problem: DepthwiseProblem, tile: Tile, column_groups: int, row_groups: int) -> Cut:
+    """The cut with so many threads side by side and one above the other."""
+    row, column = reaches(problem)
+    column_tiles = divided(column.places, column_groups * tile.columns)
+    row_tiles = divided(row.places, row_groups * tile.rows)
+    images = tile.spots // (column_groups * row_groups) if column_tiles * row_tiles == 1 else 1
+    images = max(1, min(images, problem.batch))
+    return Cut(
+        column_groups,
+        row_groups,
+        images,
+        column_tiles,
+        row_tiles,
+        in_columns=column_groups * tile.columns + column.span - 1,
+        in_rows=row_groups * tile.rows + row.span - 1,
+        tiles=divided(problem.batch, images) * column_tiles * row_tiles,
+    )
+
+
+def best_cut(problem: DepthwiseProblem, tile: Tile, most_bytes: int) -> Cut | None:
+    """The cut with the fewest clocks of a multiprocessor: what idle threads would issue, and the halo."""
+    row, column = reaches(problem)
+    found, least = None, math.inf
+    thread = thread_instructions(problem, tile)
+    pixel = tile.chunk * problem.multiplier * problem.element_bytes
+    for column_groups in range(1, min(tile.spots, divided(column.places, tile.columns)) + 1):
+        for row_groups in range(1, min(tile.spots // column_groups, divided(row.places, tile.rows)) + 1):
+            one = cut(problem, tile, column_groups, row_groups)
+            if stage_bytes(problem, tile, one) > most_bytes:
+                continue
+            g_bytes = one.in_rows * one.in_columns * one.images * pixel
+            clocks = max(1, one.tiles) * (tile.threads * thread / 100 + g_bytes / 20)
+            if clocks < least:
+                found, least = one, clocks
+    return found
+
+
+def thread_instructions(problem: DepthwiseProblem, tile: Tile) -> float:
+    """What a thread issues."""
+    (row, column), element = reaches(problem), problem.element_bytes
+    places, taps = tile.rows * tile.columns, problem.taps * problem.multiplier
+    window = (tile.rows + row.span - 1) * (tile.columns + column.span - 1)
+    channels = tile.vector * problem.multiplier
+    again = 1.0 if max(problem.stride) == 1 else 1.8  # conversions of one element
+    pixels = places * math.prod(problem.stride)
+    return (
+        120
+        + taps * tile.vector * (places * (2 if element == 8 else 1) + 0.3)
+        + window * channels / tile.load * (1.5 if tile.staged else 4)
+        + again * window * channels * (element == 2)
+        + pixels * (5 + tile.vector / 2 * (element == 2))
+        + 14 * taps * tile.chunk / tile.threads  # filters to shared memory
+        + (20 + 7 * places * channels / tile.copy) * tile.staged
+    )
+
+
+def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
+    """Predicted time: a norm of DRAM, L2, L1, issue, and rounds of blocks that wait for memory. Not fitted yet."""
+    (row, column), element = reaches(problem), problem.element_bytes
+    blocks = max(1, one.tiles) * divided(problem.channels, tile.chunk)
+    warps = blocks * divided(tile.threads, 32) / device.multiprocessors
+    window = (tile.rows + row.span - 1) * (tile.columns + column.span - 1)
+    pixels = tile.rows * tile.columns * math.prod(problem.stride)
+    thread_bytes = tile.vector * (
+        (window * problem.multiplier + pixels) * element
+        + problem.taps * problem.multiplier * (8 if element == 8 else 4)
+    )
+    issue = warps * thread_instructions(problem, tile) / (4 * device.clock)
+    l1 = warps * thread_bytes * 32 / (128 * device.clock)
+    piece = min(tile.chunk, problem.channels) * element
+    written = 1 + (32 - math.gcd(problem.channels * element, 32)) / piece
+    if tile.chunk < problem.channels:
+        written += (32 - math.gcd(tile.chunk * element, 32)) / piece
+    needed = registers(problem, tile.rows, tile.columns, tile.vector, tile.staged) + 12
+    shared = filter_bytes(problem, tile) + stage_bytes(problem, tile, one)
+    return norm_seconds(problem, device, written, blocks, tile.threads, needed, shared, 1.4 * issue, 1.2 * l1)
