@@ -1,0 +1,259 @@
+// taps_nchw.cuh: the gradients of filters and bias, channels first: tiles of g in registers, x and g by way of shared
+// memory
+//   dw[c*M + j, u, v] = sum over images n and outputs p, q of g[n, c*M + j, p, q] * x[n, c, p*SH - PT + u*DH, q*SW - PL
+//   + v*DW] db[c*M + j]       = sum over images n and outputs p, q of g[n, c*M + j, p, q]          float32 sums x
+//   [N,C,H,W], dense rows   g [N,C*M,OH,OW]   dw [C*M,KH,KW]   db [C*M] or null     offsets in elements, 64-bit A block
+//   sums one part of the images and bands of rows for a group of channels. In each stage it has planes, or bands of
+//   their rows, in shared memory while the next ones arrive; a thread has a tile of kRows x kColumns outputs of one
+//   plane and kTapRows x kTapColumns taps, whose sums stay in its registers until the end.
+//   grid.x = groups of channels * parts; the last block of a group adds up its parts
+//   least DRAM traffic: x + g, once each; rows between bands come from L2
+#pragma once
+#include "taps_nchw_stages.cuh"
+#include "taps_nchw_sums.cuh"
+#include "taps_nchw_tile.cuh"
+
+namespace dwconv {
+
+// What a thread works on in every stage.
+template <class C>
+struct TapsNchwPlace {
+    int image, plane, tap_tile, row_lane, column_tile;
+    int tap_row, tap_column;
+
+    __device__ __forceinline__ explicit TapsNchwPlace(const TapsNchwTiling& tiling) {
+        const unsigned above = tiling.lanes.quotient(threadIdx.x), lane = threadIdx.x - above * tiling.lanes.divisor;
+        row_lane = static_cast<int>(tiling.column_lanes.quotient(lane));
+        column_tile = static_cast<int>(lane) - row_lane * static_cast<int>(tiling.column_lanes.divisor);
+        const unsigned planes = tiling.tap_tiles.quotient(above);
+        tap_tile = static_cast<int>(above - planes * tiling.tap_tiles.divisor);
+        image = static_cast<int>(tiling.planes.quotient(planes));
+        plane = static_cast<int>(planes) - image * static_cast<int>(tiling.planes.divisor);
+        tap_row = static_cast<int>(tiling.tap_tile_columns.quotient(tap_tile));
+        tap_column = (tap_tile - tap_row * static_cast<int>(tiling.tap_tile_columns.divisor)) * C::kTapColumns;
+        tap_row *= C::kTapRows;
+    }
+};
+
+// What sum number `output` of a block is: a tap of the filter of one of its planes; behind the last tap, the bias.
+template <class C>
+struct TapsNchwTotal {
+    static constexpr int kTileTaps = C::kTapRows * C::kTapColumns, kSums = kTileTaps + (C::kHasBias ? 1 : 0);
+    int plane, tap;  // no tap: -1
+
+    __device__ __forceinline__ TapsNchwTotal(const TapsNchwTiling& tiling, int output) {
+        const int quantity = output / kSums, k = output - quantity * kSums;
+        plane = static_cast<int>(tiling.tap_tiles.quotient(quantity));
+        const int tap_tile = quantity - plane * static_cast<int>(tiling.tap_tiles.divisor);
+        const int tile_row = static_cast<int>(tiling.tap_tile_columns.quotient(tap_tile));
+        const int tile_column = tap_tile - tile_row * static_cast<int>(tiling.tap_tile_columns.divisor);
+        const int u = tile_row * C::kTapRows + k / C::kTapColumns;
+        const int v = tile_column * C::kTapColumns + k % C::kTapColumns;
+        if (k == kTileTaps)
+            tap = tap_tile == 0 ? C::kFilterH * C::kFilterW : -1;
+        else
+            tap = u < C::kFilterH && v < C::kFilterW ? u * C::kFilterW + v : -1;
+    }
+    __device__ __forceinline__ bool exists(int channels) const { return plane < channels * C::kMultiplier && tap >= 0; }
+};
+
+// Adds the products of all tiles that the thread has in one stage.
+template <class C, class Sum>
+__device__ __forceinline__ void add_stage(const typename C::Element* elements, const Sizes& sizes,
+                                          const TapsNchwTiling& tiling, const TapsNchwStage<C>& stage,
+                                          const TapsNchwPlace<C>& place, Sum (&sums)[C::kTapRows][C::kTapColumns],
+                                          Sum& bias) {
+    using Window = TapsNchwWindow<C>;
+    if (place.image >= stage.images) return;
+    const int nominal_column = stage.nominal_column + place.column_tile * C::kColumns;
+    const int column = smaller(nominal_column, static_cast<int>(sizes.out_w) - C::kColumns);
+    const int first_column = column * C::kStrideW - C::kPadLeft + place.tap_column * C::kDilationW;
+    if (nominal_column >= static_cast<int>(sizes.out_w)) return;
+    if (Window::kTapTiles && (first_column + Window::kWidth <= 0 || first_column >= static_cast<int>(sizes.in_w)) &&
+        !(C::kHasBias && place.tap_tile == 0))
+        return;
+    const TapsNchwMasks<C> masks(first_column, static_cast<int>(sizes.in_w));
+    const int x = static_cast<int>(tiling.x_begin) + stage.x_head + place.image * static_cast<int>(tiling.x.image) +
+                  place.plane / C::kMultiplier * static_cast<int>(tiling.x.plane) + first_column - stage.in_column;
+    const int g = static_cast<int>(tiling.g_begin) + stage.g_head + place.image * static_cast<int>(tiling.g.image) +
+                  place.plane * static_cast<int>(tiling.g.plane) + column - stage.column;
+    const int x_pitch = static_cast<int>(tiling.x.row), g_pitch = static_cast<int>(tiling.g.row);
+    const int end =
+        smaller(stage.nominal_row + static_cast<int>(tiling.band_row_tiles) * C::kRows, static_cast<int>(sizes.out_h));
+#pragma unroll 1
+    for (int nominal_row = stage.nominal_row + place.row_lane * C::kRows; nominal_row < end;
+         nominal_row += static_cast<int>(tiling.row_lanes) * C::kRows) {
+        const int row = smaller(nominal_row, static_cast<int>(sizes.out_h) - C::kRows);
+        const int first_row = row * C::kStrideH - C::kPadTop + place.tap_row * C::kDilationH;
+        add_tile<C>(elements, x + (first_row - stage.in_row) * x_pitch, x_pitch, first_row,
+                    static_cast<int>(sizes.in_h), masks, g + (row - stage.row) * g_pitch, g_pitch, nominal_row - row,
+                    nominal_column - column, sums, bias);
+    }
+}
+
+template <class C>
+__device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,
+                                          const TapsNchwTiling& tiling) {
+    using T = typename C::Element;
+    using Sum = typename Accumulator<T>::Type;
+    static_assert(C::kColumns % C::kReadG == 0, "kReadG must divide kColumns: a row of a tile is read in whole pieces");
+    static_assert(C::kColumns * C::kStrideW % C::kReadX == 0, "kReadX must divide the columns between tiles");
+    constexpr int kTaps = C::kFilterH * C::kFilterW, kTileTaps = C::kTapRows * C::kTapColumns;
+    constexpr int kSums = kTileTaps + (C::kHasBias ? 1 : 0);
+
+    const unsigned group = tiling.parts.quotient(blockIdx.x), part = blockIdx.x - group * tiling.parts.divisor;
+    const int all_channels = static_cast<int>(sizes.out_channels) / C::kMultiplier;
+    const int channel = static_cast<int>(group * tiling.group_channels);
+    const int channels = smaller(static_cast<int>(tiling.group_channels), all_channels - channel);
+    const TapsNchwPlace<C> place(tiling);
+    const bool takes_part =
+        place.image < static_cast<int>(tiling.group_images) && place.plane < channels * C::kMultiplier;
+
+    Sum sums[C::kTapRows][C::kTapColumns], bias = 0;
+#pragma unroll
+    for (int a = 0; a < C::kTapRows; ++a)
+#pragma unroll
+        for (int b = 0; b < C::kTapColumns; ++b) sums[a][b] = 0;
+
+    const unsigned first = part * tiling.part_units;
+    const unsigned last = min(first + tiling.part_units, tiling.units);
+    // Two stages: one is read while the next one arrives.
+    T* arriving = shared_memory<T>();
+    T* read = arriving + tiling.stage_elements;
+    TapsNchwStage<C> next(sizes, tiling, first);
+    copy_stage<C>(tensors, sizes, tiling, channel, channels, next, arriving);
+    end_of_copies();
+#pragma unroll 1
+    for (unsigned unit = first; unit < last; ++unit) {
+        wait_for_copies<0>();
+        __syncthreads();  // the stage is there for all threads, and none reads the other one any more
+        T* const arrived = arriving;
+        arriving = read;
+        read = arrived;
+        const TapsNchwStage<C> stage = next;
+        if (unit + 1 < last) {
+            next = TapsNchwStage<C>(sizes, tiling, unit + 1);
+            copy_stage<C>(tensors, sizes, tiling, channel, channels, next, arriving);
+            end_of_copies();
+        }
+        if (takes_part) add_stage<C>(read, sizes, tiling, stage, place, sums, bias);
+    }
+
+    // Sums of the block: number q * kSums + k is sum k of plane and tap tile q.
+    const int quantities = static_cast<int>(tiling.planes.divisor * tiling.tap_tiles.divisor);
+    const int lanes = static_cast<int>(tiling.lanes.divisor), outputs = quantities * kSums;
+    Sum* const totals = shared_memory<Sum>();
+    Sum* const values = totals + tiling.scratch;  // kAtOnce of each thread, and scratch behind them
+    constexpr int kAtOnce = smaller(kSums, 16);
+#pragma unroll
+    for (int from = 0; from < kSums; from += kAtOnce) {
+        const int count = smaller(kAtOnce, kSums - from);
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int number = from + k;
+            if (number < kSums)
+                values[k * C::kThreads + static_cast<int>(threadIdx.x)] =
+                    number < kTileTaps ? sums[smaller(number, kTileTaps - 1) / C::kTapColumns]
+                                             [smaller(number, kTileTaps - 1) % C::kTapColumns]
+                                       : bias;
+        }
+        __syncthreads();
+        Sum* const scratch = values + kAtOnce * C::kThreads;
+        add_up<C::kThreads>(quantities * count, static_cast<int>(tiling.group_images) * lanes, scratch, scratch,
+                            [&](int output, int term) {
+                                const int q = output / count, image = static_cast<int>(tiling.lanes.quotient(term));
+                                const int lane = term - image * lanes;
+                                return SumsOfLanes<Sum>{values + (output - q * count) * C::kThreads +
+                                                            (image * quantities + q) * lanes + lane,
+                                                        lane, lanes, (quantities - 1) * lanes};
+                            });
+#pragma unroll 1
+        for (int o = static_cast<int>(threadIdx.x); o < quantities * count; o += C::kThreads)
+            totals[o / count * kSums + from + o % count] = scratch[o];
+    }
+    __syncthreads();
+
+    const unsigned parts = tiling.parts.divisor;
+    if (parts > 1) {
+        Sum* const partial = static_cast<Sum*>(tensors.partial) + static_cast<long long>(group) * parts * outputs;
+#pragma unroll 1
+        for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads)
+            partial[static_cast<long long>(part) * outputs + o] = totals[o];
+        if (!arrives_last(tensors.arrivals + group, parts, reinterpret_cast<int*>(values - 1))) return;
+        add_up<C::kThreads>(outputs, static_cast<int>(parts), values, totals, [&](int output, int term) {
+            return SumsOfParts<Sum>{partial + (static_cast<long long>(term) * outputs + output), outputs};
+        });
+    }
+
+    // A sum that isn't finite may have got a product of padding with an Inf or NaN: it is made again without them.
+    bool finite = true;
+#pragma unroll 1
+    for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads) finite = finite && is_finite(totals[o]);
+    if (!__syncthreads_and(finite)) {
+#pragma unroll 1
+        for (int o = 0; o < outputs; ++o) {
+            const TapsNchwTotal<C> total(tiling, o);
+            if (!total.exists(channels) || is_finite(totals[o])) continue;
+            const Sum sum = sum_term_by_term<C>(tensors, sizes, tiling.images, channel * C::kMultiplier + total.plane,
+                                                total.tap, values);
+            if (threadIdx.x == 0) totals[o] = sum;
+        }
+        __syncthreads();
+    }
+#pragma unroll 1
+    for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads) {
+        const TapsNchwTotal<C> total(tiling, o);
+        if (!total.exists(channels)) continue;
+        const int out_channel = channel * C::kMultiplier + total.plane;
+        if (total.tap == kTaps)
+            tensors.db[out_channel] = static_cast<T>(totals[o]);
+        else
+            tensors.dw[static_cast<long long>(out_channel) * kTaps + total.tap] = static_cast<T>(totals[o]);
+    }
+}
+
+}  // namespace dwconv
+
+// ---- border: everything above is templates; here the -D defines of one specialisation become its Config ----
+
+#include "config.cuh"
+
+#ifndef DWCONV_CONSTANTS  // defaults of the tile
+#define DWCONV_THREADS 128
+#define DWCONV_MIN_BLOCKS 1
+#define DWCONV_ROWS 7
+#define DWCONV_COLUMNS 7
+#define DWCONV_TAP_ROWS 3
+#define DWCONV_TAP_COLUMNS 3
+#define DWCONV_READ_X 1
+#define DWCONV_READ_G 1
+#define DWCONV_EVEN_ROWS 0
+#define DWCONV_EVEN_COLUMNS 0
+#define DWCONV_WHOLE_HEIGHT 0
+#define DWCONV_WHOLE_WIDTH 0
+#define DWCONV_BOTTOM_REACH 1
+#define DWCONV_RIGHT_REACH 1
+#define DWCONV_CACHED 0
+#endif
+
+struct Config : ProblemConfig {
+    static constexpr int kThreads = DWCONV_THREADS, kMinBlocks = DWCONV_MIN_BLOCKS;
+    static constexpr int kRows = DWCONV_ROWS, kColumns = DWCONV_COLUMNS;                // outputs of a tile
+    static constexpr int kTapRows = DWCONV_TAP_ROWS, kTapColumns = DWCONV_TAP_COLUMNS;  // taps of a tile
+    static constexpr int kReadX = DWCONV_READ_X, kReadG = DWCONV_READ_G;  // elements of one read of shared memory
+    static constexpr bool kEvenRows = DWCONV_EVEN_ROWS, kEvenColumns = DWCONV_EVEN_COLUMNS;  // tiles don't overlap
+    static constexpr bool kWholeHeight = DWCONV_WHOLE_HEIGHT,
+                          kWholeWidth = DWCONV_WHOLE_WIDTH;  // and are as large as g
+    // Rows and columns of padding at the far ends that outputs reach.
+    static constexpr int kBottomReach = DWCONV_BOTTOM_REACH, kRightReach = DWCONV_RIGHT_REACH;
+    static constexpr bool kCached = DWCONV_CACHED;  // copies go through L1
+};
+
+using Tiling = dwconv::TapsNchwTiling;
+
+extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
+                  const Tiling tiling) {
+    dwconv::taps_nchw<Config>(tensors, sizes, tiling);
+}

@@ -1,0 +1,398 @@
+"""How taps_nchw cuts a problem into stages and parts, and where elements stand in shared memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ..device import DeviceSpec
+from ..problem import DepthwiseProblem
+from .strips import divided, up
+
+SHORT_LINE = 1024  # bytes: shorter lines come through L1, for the sectors that two of them share
+AT_ONCE = 16  # sums of each thread that are added up at once
+MOST_PARTIAL = 1 << 26  # bytes
+MOST_PARTS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The free choices.
+
+    Attributes:
+        rows, columns: outputs of a tile, which a thread has in registers.
+        tap_rows, tap_columns: taps whose sums it has.
+        threads: of a block.
+    """
+
+    rows: int
+    columns: int
+    tap_rows: int
+    tap_columns: int
+    threads: int = 128
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} × {self.columns} outputs and {self.tap_rows} × {self.tap_columns} taps a thread, "
+            f"{self.threads} threads"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pitches:
+    """Where x or g stands in a stage: steps in elements, congruent to those of memory modulo 16 bytes.
+
+    Attributes:
+        image, plane, row: steps.
+        merged: whether whole planes of neighbouring channels are one stretch.
+        team: threads that copy one line.
+        elements: in all.
+    """
+
+    image: int
+    plane: int
+    row: int
+    merged: bool
+    team: int
+    elements: int
+    line_bytes: int
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        return self.image, self.plane, self.row, int(self.merged)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The stages and parts of a problem.
+
+    Attributes:
+        channels, images: input channels, images of a stage.
+        row_tiles, column_tiles: of a band of a plane; row_lanes: of threads that share its rows of tiles.
+        row_bands, column_bands: of a plane.
+        tap_tiles, tap_tile_columns: of a filter, in all and side by side.
+        groups, parts: of the grid: groups of channels; units: stages of a group, part_units: of a block.
+        read_x, read_g: elements that one read of shared memory brings.
+        reach: rows, columns of padding below and right of x that outputs read.
+        scratch: sums of a block in shared memory.
+        blocks: that a multiprocessor holds.
+        used: threads of a block that have a tile.
+        read_clocks: of shared memory, for a warp's read of x, of g.
+    """
+
+    channels: int
+    images: int
+    row_tiles: int
+    column_tiles: int
+    row_lanes: int
+    row_bands: int
+    column_bands: int
+    tap_tiles: int
+    tap_tile_columns: int
+    groups: int
+    parts: int
+    units: int
+    part_units: int
+    read_x: int
+    read_g: int
+    reach: tuple[int, int]
+    cached: bool
+    x: Pitches
+    g: Pitches
+    x_begin: int
+    g_begin: int
+    stage_elements: int
+    scratch: int
+    shared_bytes: int
+    partial_bytes: int
+    blocks: int = 1
+    used: int = 0
+    read_clocks: tuple[int, int] = (1, 1)
+
+
+def sum_bytes(problem: DepthwiseProblem) -> int:
+    return max(4, problem.element_bytes)
+
+
+def far_reach(problem: DepthwiseProblem) -> tuple[int, int]:
+    """Rows and columns of padding below and right of x that outputs read."""
+    below, right = (
+        max(0, (out - 1) * stride - before + (taps - 1) * apart - (size - 1))
+        for out, stride, (before, _), taps, apart, size in zip(
+            problem.out_size,
+            problem.stride,
+            problem.padding,
+            problem.filter,
+            problem.dilation,
+            problem.size,
+            strict=True,
+        )
+    )
+    return below, right
+
+
+def read_widths(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
+    """Elements of x, of g, that every read of a tile's row finds aligned in shared memory."""
+    most = min(16, problem.aligned) // problem.element_bytes
+    x_image, x_channel = problem.plane_strides[:2]
+    between = tile.columns * problem.stride[1]
+    moved = (problem.out_size[1] - tile.columns) * problem.stride[1]  # the last tile is moved inside
+    tapped = 0 if tile.tap_columns == problem.filter[1] else tile.tap_columns * problem.dilation[1]
+    x = math.gcd(most, problem.size[1], x_image, x_channel, between, moved, tapped)
+    return x, math.gcd(most, problem.out_size[1], tile.columns)
+
+
+def registers(problem: DepthwiseProblem, tile: Tile) -> int:
+    """Estimate of a thread's registers: the rows of g that meet one row of x, sums, columns of x and their masks."""
+    met = min(tile.rows, divided((tile.tap_rows - 1) * problem.dilation[0] + 1, problem.stride[0]))
+    width = window_width(problem, tile)
+    if window_height(problem, tile) == 1:  # columns are read one after the other
+        width = min(width, 16)
+    values = met * tile.columns + tile.tap_rows * tile.tap_columns + width
+    masks = 0 if (tile.tap_rows, tile.tap_columns) == problem.filter else width
+    return values * max(1, problem.element_bytes // 4) + masks + (40 if problem.element_bytes == 2 else 34)
+
+
+def window_height(problem: DepthwiseProblem, tile: Tile) -> int:
+    return (tile.rows - 1) * problem.stride[0] + (tile.tap_rows - 1) * problem.dilation[0] + 1
+
+
+def window_width(problem: DepthwiseProblem, tile: Tile) -> int:
+    return (tile.columns - 1) * problem.stride[1] + (tile.tap_columns - 1) * problem.dilation[1] + 1
+
+
+def pitches(
+    step_image: int,
+    step_plane: int,
+    row: int,
+    width: int,
+    *,
+    images: int,
+    planes: int,
+    rows: int,
+    merges: bool,
+    by_rows: bool,
+    vector: int,
+    threads: int,
+    element_bytes: int,
+) -> Pitches:
+    """Where lines stand in shared memory: steps congruent to memory's, and room for pieces that lines share."""
+    row_pitch = up(width + 2 * vector, vector, row % vector) if by_rows else row
+    extent = (rows - 1) * row_pitch + width
+    plane_pitch = step_plane if merges else up(extent + 2 * vector, vector, step_plane % vector)
+    image_pitch = up((planes - 1) * plane_pitch + extent + 2 * vector, vector, step_image % vector)
+    lines = rows * planes if by_rows else images * (1 if merges else planes)
+    length = width if by_rows else (planes - 1) * plane_pitch + extent if merges else extent
+    team = threads if lines == 1 else max(32, threads // lines // 32 * 32)
+    elements = (images - 1) * image_pitch + (planes - 1) * plane_pitch + extent + 2 * vector
+    return Pitches(image_pitch, plane_pitch, row_pitch, merges, team, up(elements, vector), length * element_bytes)
+
+
+def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Geometry | str:
+    """The stages and parts of a problem, or why there are none."""
+    (out_h, out_w), multiplier = problem.out_size, problem.multiplier
+    tap_tile_columns = divided(problem.filter[1], tile.tap_columns)
+    tiled_taps = divided(problem.filter[0], tile.tap_rows) * tap_tile_columns
+    if tile.rows > out_h or tile.columns > out_w:
+        return "tiles must lie inside the output"
+    if multiplier * tiled_taps > tile.threads:
+        return f"a block of {tile.threads} threads can't make {multiplier} filters of {tiled_taps} tiles of taps each"
+    row_tiles, column_tiles = divided(out_h, tile.rows), divided(out_w, tile.columns)
+    room = tile.threads // (multiplier * tiled_taps)  # threads for the tiles of one stage
+    for budget in (device.shared_bytes // 2 - 1024, device.shared_bytes - 1024):  # two blocks, or one
+        threads = room
+        while threads >= 1:
+            found = _cut(problem, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns)
+            if found.shared_bytes <= budget:
+                return _parted(problem, device, tile, _spread(problem, tile, found))
+            threads = min(threads - 1, threads * 3 // 4)
+    return f"no stage fits in the {device.shared_bytes - 1024} bytes of shared memory of a block"
+
+
+def _cut(
+    problem: DepthwiseProblem,
+    tile: Tile,
+    threads: int,
+    row_tiles: int,
+    column_tiles: int,
+    tiled_taps: int,
+    tap_tile_columns: int,
+) -> Geometry:
+    """The stages in which so many threads have a tile for each tile of taps and each of `multiplier` planes."""
+    (height, width), (out_h, out_w), size = problem.size, problem.out_size, problem.element_bytes
+    vector = 16 // size
+    of_thread = divided(row_tiles * column_tiles, threads) if tiled_taps > 1 else 1
+    column_bands = row_bands = channels = images = 1
+    if column_tiles > threads:
+        column_bands = divided(column_tiles, threads)
+        column_tiles = divided(column_tiles, column_bands)
+    lanes = divided(row_tiles, of_thread)
+    if column_tiles * lanes > threads:
+        fit = max(1, threads // column_tiles)
+        row_bands = divided(lanes, fit)
+        lanes = divided(lanes, row_bands)
+        row_tiles = divided(row_tiles, row_bands)
+        row_bands = divided(divided(out_h, tile.rows), row_tiles)
+        lanes = divided(row_tiles, of_thread)
+    elif column_bands == 1:
+        planes = max(1, threads // (column_tiles * lanes))
+        plane_bytes = height * width * size
+        channels = min(problem.channels, planes, max(1, divided(SHORT_LINE, plane_bytes)))
+        images = min(max(1, problem.batch), planes // channels)
+        images = divided(max(1, problem.batch), divided(max(1, problem.batch), images))
+        channels = min(problem.channels, max(channels, planes // images))
+        channels = divided(problem.channels, divided(problem.channels, channels))
+    by_rows = column_bands > 1
+    band_rows = min(out_h, row_tiles * tile.rows)
+    band_columns = min(out_w, column_tiles * tile.columns) if by_rows else out_w
+    in_rows = min(height, (band_rows - 1) * problem.stride[0] + (problem.filter[0] - 1) * problem.dilation[0] + 1)
+    read_x, read_g = read_widths(problem, tile)
+    reach = (band_columns - 1) * problem.stride[1] + (problem.filter[1] - 1) * problem.dilation[1] + 1
+    in_columns = min(width, reach + read_x) if by_rows else width
+    x_image, x_channel = problem.plane_strides[:2]
+    whole, planes = row_bands == 1 and not by_rows, channels * problem.multiplier
+    x = pitches(
+        x_image, x_channel, width, in_columns, images=images, planes=channels, rows=in_rows,
+        merges=whole and (channels == 1 or x_channel == height * width), by_rows=by_rows, vector=vector,
+        threads=tile.threads, element_bytes=size,
+    )  # fmt: skip
+    g = pitches(
+        problem.out_channels * out_h * out_w, out_h * out_w, out_w, band_columns, images=images, planes=planes,
+        rows=band_rows, merges=whole, by_rows=by_rows, vector=vector, threads=tile.threads, element_bytes=size,
+    )  # fmt: skip
+    beyond = (tap_tile_columns * tile.tap_columns - problem.filter[1]) * problem.dilation[1]
+    below, right = far_reach(problem)
+    x_begin = up(problem.padding[1][0] + vector, vector)
+    g_begin = x_begin + x.elements + up(right + beyond + vector, vector)
+    stage_elements = up(g_begin + g.elements, vector)
+    sums = tile.tap_rows * tile.tap_columns + problem.bias
+    outputs = planes * tiled_taps * sums
+    groups, units = (
+        divided(problem.channels, channels),
+        divided(max(1, problem.batch), images) * row_bands * column_bands,
+    )
+    found = Geometry(
+        channels=channels, images=images, row_tiles=row_tiles, column_tiles=column_tiles, row_lanes=lanes,
+        row_bands=row_bands, column_bands=column_bands, tap_tiles=tiled_taps, tap_tile_columns=tap_tile_columns,
+        groups=groups, parts=1, units=units, part_units=units, read_x=read_x, read_g=read_g, reach=(below, right),
+        cached=min(x.line_bytes, g.line_bytes) < SHORT_LINE, x=x, g=g, x_begin=x_begin, g_begin=g_begin,
+        stage_elements=stage_elements, scratch=up(outputs + 1, 4), shared_bytes=0, partial_bytes=0,
+        used=images * planes * tiled_taps * lanes * column_tiles,
+    )  # fmt: skip
+    return replace(found, shared_bytes=_shared_bytes(problem, tile, found))
+
+
+def _shared_bytes(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
+    """Two stages; in the end the sums of all threads."""
+    sums = tile.tap_rows * tile.tap_columns + problem.bias
+    quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
+    terms = geometry.images * geometry.row_lanes * geometry.column_tiles
+    at_once = min(sums, AT_ONCE)
+    of_block = at_once * (tile.threads + quantities * divided(terms, 8))
+    of_parts = quantities * sums * divided(geometry.parts, 8)
+    scratch = (geometry.scratch + max(of_block, of_parts)) * sum_bytes(problem)
+    return max(2 * geometry.stage_elements * problem.element_bytes, up(scratch, 16))
+
+
+def banked(offsets: list[int], width: int) -> int:
+    """Clocks in which shared memory reads `width` bytes for each lane of a warp, from these offsets in bytes.
+
+    >>> banked([4 * lane for lane in range(32)], 4), banked([8 * lane for lane in range(32)], 4)
+    (1, 2)
+    """
+    at_once = 32 * 4 // max(4, width)
+    clocks = 0
+    for first in range(0, len(offsets), at_once):
+        words = {(at + byte) // 4 for at in offsets[first : first + at_once] for byte in range(0, width, 4)}
+        of_bank = [0] * 32
+        for word in words:
+            of_bank[word % 32] += 1
+        clocks += max(of_bank)
+    return clocks
+
+
+def read_clocks(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[int, int]:
+    """Of shared memory, for one read of x and one of g of the first warp."""
+    size, x, g = problem.element_bytes, geometry.x, geometry.g
+    planes, of_x, of_g = geometry.channels * problem.multiplier, [], []
+    for thread in range(min(32, geometry.used)):
+        above, lane = divmod(thread, geometry.row_lanes * geometry.column_tiles)
+        row, column = divmod(lane, geometry.column_tiles)
+        above, tap_tile = divmod(above, geometry.tap_tiles)
+        image, plane = divmod(above, planes)
+        tap_row, tap_column = divmod(tap_tile, geometry.tap_tile_columns)
+        row, column = row * tile.rows, column * tile.columns
+        in_row = row * problem.stride[0] + tap_row * tile.tap_rows * problem.dilation[0]
+        in_column = column * problem.stride[1] + tap_column * tile.tap_columns * problem.dilation[1]
+        of_x.append(size * (image * x.image + plane // problem.multiplier * x.plane + in_row * x.row + in_column))
+        of_g.append(size * (image * g.image + plane * g.plane + row * g.row + column))
+    return banked(of_x, size * geometry.read_x), banked(of_g, size * geometry.read_g)
+
+
+def _spread(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> Geometry:
+    """With images as far apart as lets lanes read different banks."""
+    best = replace(geometry, read_clocks=read_clocks(problem, tile, geometry))
+    if geometry.images == 1 or geometry.used // geometry.images >= 32 or geometry.x.merged != geometry.g.merged:
+        return best
+    vector = 16 // problem.element_bytes
+    x_best, g_best = best.read_clocks
+    x_more = g_more = 0
+    for more in range(vector, 8 * vector, vector):
+        if x_best + g_best <= 2:
+            break
+        moved = replace(
+            geometry,
+            x=replace(geometry.x, image=geometry.x.image + more),
+            g=replace(geometry.g, image=geometry.g.image + more),
+        )
+        x_clocks, g_clocks = read_clocks(problem, tile, moved)
+        if x_clocks < x_best:
+            x_best, x_more = x_clocks, more
+        if g_clocks < g_best:
+            g_best, g_more = g_clocks, more
+    last = geometry.images - 1
+    x = replace(geometry.x, image=geometry.x.image + x_more, elements=geometry.x.elements + last * x_more)
+    g = replace(geometry.g, image=geometry.g.image + g_more, elements=geometry.g.elements + last * g_more)
+    found = replace(
+        best,
+        x=x,
+        g=g,
+        g_begin=geometry.g_begin + last * x_more,
+        stage_elements=geometry.stage_elements + last * (x_more + g_more),
+        read_clocks=(x_best, g_best),
+    )
+    return replace(found, shared_bytes=_shared_bytes(problem, tile, found))
+
+
+def resident(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry) -> int:
+    """Blocks that a multiprocessor holds."""
+    needed = up(min(255, registers(problem, tile)), 8)
+    by_registers = device.registers // (tile.threads * needed)
+    return max(
+        1, min(device.shared_bytes // (geometry.shared_bytes + 1024), by_registers, device.threads // tile.threads)
+    )
+
+
+def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry) -> Geometry:
+    """With as many parts of the units as keep all multiprocessors busy to the end."""
+    blocks = resident(problem, device, tile, geometry)
+    wave = device.multiprocessors * blocks
+    outputs = geometry.channels * problem.multiplier * geometry.tap_tiles
+    outputs *= tile.tap_rows * tile.tap_columns + problem.bias
+    best, least = 1, math.inf
+    for parts in range(1, min(geometry.units, MOST_PARTS, 1 + 2 * wave // geometry.groups) + 1):
+        each = divided(geometry.units, parts)
+        rounds = geometry.groups * divided(geometry.units, each) / wave
+        # a full wave runs at the rate of the whole device; a block starts and ends at the cost of half a stage or so
+        full, rest = divmod(rounds, 1)
+        cost = (full + (0 if rest < 1e-9 else max(rest, 0.6))) * (each + 1.0) + 0.02 * parts
+        if cost < least and geometry.groups * parts * outputs * sum_bytes(problem) <= MOST_PARTIAL:
+            best, least = parts, cost
+    each = divided(geometry.units, best)
+    parts = divided(geometry.units, each)
+    found = replace(geometry, parts=parts, part_units=each, blocks=blocks)
+    return replace(
+        found,
+        shared_bytes=_shared_bytes(problem, tile, found),
+        partial_bytes=geometry.groups * parts * outputs * sum_bytes(problem) if parts > 1 else 0,
+    )

@@ -1,0 +1,125 @@
+"""taps_nchw: gradients of filters and bias, channels first: tiles of g in registers, x and g from shared memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ..device import DeviceSpec
+from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..problem import DepthwiseProblem
+from .base import GRID_X_LIMIT, Variant
+from .strips import too_long
+from .taps_geometry import Geometry, Tile, geometry_of
+from .taps_tiles import taps_seconds, tiles_of, whole
+
+
+class TapsNchw(Variant):
+    stem = "taps_nchw"
+    directions = ("grad_weight",)
+    technique = (
+        "each block streams planes of x and of y's gradient through shared memory; a thread has a tile of the gradient "
+        "and the sums of all taps in registers"
+    )
+
+    def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
+        if reason := unlaunchable(problem):
+            yield Rejection(self.stem, "", reason)
+            return
+        found = tiles_of(problem, device)
+        if not found:
+            yield Rejection(self.stem, "", "no stage of any tile fits in a block's threads and shared memory")
+        for tile, geometry in found:
+            yield self.plan(problem, device, tile, geometry)
+
+    def plan(
+        self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry | None = None
+    ) -> Plan | Rejection:
+        """The plan of one tile, or why it is not legal."""
+        found = geometry or geometry_of(problem, device, tile)
+        if isinstance(found, str):
+            return Rejection(self.stem, str(tile), found)
+        geometry = found
+        if geometry.groups * geometry.parts > GRID_X_LIMIT or geometry.units >= 2**31:
+            return Rejection(
+                self.stem, str(tile), f"{geometry.groups * geometry.parts} blocks can't be numbered in 31 bits"
+            )
+        return Plan(
+            problem=problem,
+            device=device,
+            variant=self.stem,
+            constants=constants_of(problem, tile, geometry),
+            grid=(geometry.groups * geometry.parts, 1, 1),
+            block=(tile.threads, 1, 1),
+            shared_bytes=geometry.shared_bytes,
+            sizes=problem_sizes(problem),
+            tiling=tiling_of(problem, geometry),
+            tile=str(tile),
+            predicted_seconds=taps_seconds(problem, device, tile, geometry),
+            partial_bytes=geometry.partial_bytes if geometry.parts > 1 else 0,
+            arrivals=geometry.groups if geometry.parts > 1 else 0,
+        )
+
+
+def unlaunchable(problem: DepthwiseProblem) -> str | None:
+    """Why no tile can serve the problem."""
+    height, width = problem.size
+    if reason := too_long(problem):
+        return reason
+    if height > 1 and problem.plane_strides[2] != width:
+        return "rows of x must follow one another in memory"
+    if max(height * width, math.prod(problem.out_size)) >= 2**31:
+        return "a plane's elements can't be numbered in 31 bits"
+    return None
+
+
+def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[tuple[str, int | str], ...]:
+    """What is compiled in: the problem's constants, and the tile's."""
+    found = problem_constants(problem) | {
+        "THREADS": tile.threads,
+        "MIN_BLOCKS": geometry.blocks,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "TAP_ROWS": tile.tap_rows,
+        "TAP_COLUMNS": tile.tap_columns,
+        "READ_X": geometry.read_x,
+        "READ_G": geometry.read_g,
+        "EVEN_ROWS": int(problem.out_size[0] % tile.rows == 0),
+        "EVEN_COLUMNS": int(problem.out_size[1] % tile.columns == 0),
+        "WHOLE_HEIGHT": int(whole(problem, tile, 0)),
+        "WHOLE_WIDTH": int(whole(problem, tile, 1)),
+        "BOTTOM_REACH": geometry.reach[0],
+        "RIGHT_REACH": geometry.reach[1],
+        "CACHED": int(geometry.cached),
+    }
+    return tuple(sorted(found.items()))
+
+
+def tiling_of(problem: DepthwiseProblem, geometry: Geometry) -> tuple[int, ...]:
+    """The fields of `TapsNchwTiling`."""
+    return (
+        *fast_divisor(geometry.parts),
+        *fast_divisor(geometry.row_bands),
+        *fast_divisor(geometry.column_bands),
+        geometry.units,
+        geometry.part_units,
+        problem.batch,
+        geometry.images,
+        geometry.channels,
+        geometry.row_tiles,
+        geometry.column_tiles,
+        *fast_divisor(geometry.row_lanes * geometry.column_tiles),
+        *fast_divisor(geometry.column_tiles),
+        geometry.row_lanes,
+        *fast_divisor(geometry.tap_tiles),
+        *fast_divisor(geometry.tap_tile_columns),
+        *fast_divisor(geometry.channels * problem.multiplier),
+        *geometry.x.fields,
+        *geometry.g.fields,
+        geometry.x_begin,
+        geometry.g_begin,
+        geometry.stage_elements,
+        *fast_divisor(geometry.x.team),
+        *fast_divisor(geometry.g.team),
+        geometry.scratch,
+    )

@@ -1,0 +1,163 @@
+"""The tiles of taps_nchw: which come into question, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..device import DeviceSpec
+from ..problem import DepthwiseProblem
+from ..roofline import LAUNCH_SECONDS
+from .strips import divided
+from .taps_geometry import Geometry, Tile, geometry_of, registers, window_height, window_width
+
+MOST_TAPS = 50  # whose sums a thread has in registers; half as many in float64
+MOST_PRODUCTS = 3200  # of a tile: its code is that long
+MOST_REGISTERS = 200
+MOST_TILES = 14
+MOST_SHAPES = 14  # for which geometries are made, and as many of tiles of SMALL_TILE outputs
+SMALL_TILE = 42
+THREADS = (64, 96, 128, 160, 192, 256)
+
+
+def pieces(taps: int, most: int) -> Iterator[int]:
+    """Sizes of tiles that cover `taps` with as few beyond them as that number of tiles allows."""
+    seen = set()
+    for count in range(1, taps + 1):
+        size = divided(taps, count)
+        if size <= most and size not in seen:
+            seen.add(size)
+            yield size
+        if size == 1:
+            return
+
+
+def tap_tiles(problem: DepthwiseProblem) -> list[tuple[int, int]]:
+    """Tiles of taps that come into question, best first: all taps, or those with the fewest beyond the filter."""
+    taps_h, taps_w = problem.filter
+    most = MOST_TAPS if problem.element_bytes < 8 else MOST_TAPS // 2
+    if taps_h * taps_w <= most:
+        return [(taps_h, taps_w)]
+    found = []
+    for rows in pieces(taps_h, most):
+        for columns in pieces(taps_w, most // rows):
+            covered = divided(taps_h, rows) * rows * divided(taps_w, columns) * columns / problem.taps
+            # an x row of the window is read for `rows` rows of g, a column for `columns` of its columns
+            reads = 1.0 / rows + 1.0 / columns + 2.0 / (rows * columns)
+            found.append((covered * (1 + 0.5 * reads), rows, columns))
+    return [(rows, columns) for _, rows, columns in sorted(found)[:3]]
+
+
+def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
+    """Tiles whose values fit in registers and whose code isn't too long: those that take the fewest instructions."""
+    out_h, out_w = problem.out_size
+    found: list[tuple[float, Tile]] = []
+    for tap_rows, tap_columns in tap_tiles(problem):
+        covered = (
+            divided(problem.filter[0], tap_rows) * tap_rows * divided(problem.filter[1], tap_columns) * tap_columns
+        )
+        legal = []
+        for rows in dict.fromkeys(min(rows, out_h) for rows in (7, 1, 2, 4, 5, 6, 8, 10, 14)):
+            for columns in range(min(4, out_w), min(16 if out_h > 1 else 32, out_w) + 1):
+                tile = Tile(rows, columns, tap_rows, tap_columns)
+                products = rows * columns * tap_rows * tap_columns
+                if products > MOST_PRODUCTS or registers(problem, tile) > MOST_REGISTERS:
+                    continue
+                # A product is an instruction, an element of x or g two or three: it is read, converted, masked.
+                elements = window_height(problem, tile) * window_width(problem, tile) + rows * columns
+                tiles = divided(out_h, rows) * divided(out_w, columns)
+                legal.append((covered / (tap_rows * tap_columns) * tiles * (products + 2.5 * elements + 80), tile))
+        found += legal or [(math.inf, Tile(1, min(4, out_w), tap_rows, tap_columns))]
+    ordered = [tile for _, tile in sorted(found, key=lambda each: each[0])]
+    small = [tile for tile in ordered if tile.rows * tile.columns <= SMALL_TILE]  # more blocks, for the same memory
+    return list(dict.fromkeys(ordered[:MOST_SHAPES] + small[:MOST_SHAPES]))
+
+
+def whole(problem: DepthwiseProblem, tile: Tile, axis: int) -> bool:
+    """Whether a tile has all taps and all outputs of that axis, so that it lies in the padding as every other does."""
+    outputs = (tile.rows, tile.columns)[axis]
+    return (tile.tap_rows, tile.tap_columns) == problem.filter and outputs == problem.out_size[axis]
+
+
+def valid_share(problem: DepthwiseProblem, axis: int) -> float:
+    """The share of the products along an axis that aren't with padding."""
+    (before, _), size, out = problem.padding[axis], problem.size[axis], problem.out_size[axis]
+    stride, apart, taps = problem.stride[axis], problem.dilation[axis], problem.filter[axis]
+    inside = 0
+    for u in range(taps):
+        first = max(0, -((u * apart - before) // stride))
+        last = (size - 1 + before - u * apart) // stride
+        inside += max(0, min(out - 1, last) - first + 1)
+    return inside / (taps * out)
+
+
+def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[float, float]:
+    """Of one thread for one tile: instructions (multiply-adds, reads, conversions, masks), clocks of shared memory."""
+    height, width = window_height(problem, tile), window_width(problem, tile)
+    tapped = geometry.tap_tiles > 1
+    # Rows of x outside of the image are left out, columns if all tiles lie alike.
+    share = tapped_share = valid_share(problem, 0) if tapped or whole(problem, tile, 0) else 1.0
+    if whole(problem, tile, 1):
+        share *= valid_share(problem, 1)
+    outputs = tile.rows * tile.columns
+    converted = height * width + outputs if problem.element_bytes == 2 else 0
+    sides = width if tapped else 0 if whole(problem, tile, 1) else problem.padding[1][0] + geometry.reach[1]
+    masks = height * min(width, sides) + (0 if problem.out_size[1] % tile.columns == 0 else 2 * outputs)
+    x_reads = height * divided(width + geometry.read_x - 1, geometry.read_x)
+    g_reads = outputs / geometry.read_g
+    products = outputs * tile.tap_rows * tile.tap_columns * (2 if problem.element_bytes == 8 else 1)
+    clocks = x_reads * geometry.read_clocks[0] + g_reads * geometry.read_clocks[1]
+    others = x_reads + g_reads + converted + masks + 3 * height
+    return share * products + tapped_share * others + 80, tapped_share * clocks
+
+
+def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry) -> float:
+    """Predicted time: DRAM, instruction issue and shared memory as a norm of 4, and what starting and ending takes."""
+    instructions, clocks = tile_counts(problem, tile, geometry)
+    tiles = divided(geometry.row_tiles, geometry.row_lanes)
+    copied = (geometry.x.elements + geometry.g.elements) * problem.element_bytes / 16 / tile.threads
+    of_stage = tiles * instructions + 200 + 8 * copied
+    blocks, warps = geometry.groups * geometry.parts, tile.threads / 32
+    stages = geometry.units * geometry.groups * warps
+    rate = device.multiprocessors * device.clock
+    # As many warps as hide latency issue 3.2 instructions a clock.
+    ready = min(3.2, 0.36 * warps * geometry.blocks)
+    # The last blocks leave multiprocessors idle.
+    idle = (
+        divided(blocks, device.multiprocessors)
+        * device.multiprocessors
+        * geometry.part_units
+        / (geometry.groups * geometry.units)
+    )
+    idle = idle if blocks < 2 * device.multiprocessors * geometry.blocks else 1.0
+    issue = idle * stages * of_stage / (ready * rate)
+    sharing = idle * stages * (tiles * clocks + 2 * copied) / rate
+    sums = tile.tap_rows * tile.tap_columns + problem.bias
+    ending = (1500 + 40 * sums + (2000 + 12 * geometry.parts if geometry.parts > 1 else 0)) / device.clock
+    rounds = max(1.0, blocks / (device.multiprocessors * geometry.blocks))
+    in_rows = geometry.row_tiles * tile.rows * problem.stride[0]
+    halo = ((problem.filter[0] - 1) * problem.dilation[0]) / in_rows if geometry.row_bands > 1 else 0.0
+    x_bytes = problem.batch * problem.channels * math.prod(problem.size) * problem.element_bytes
+    in_flight = geometry.blocks * geometry.stage_elements * problem.element_bytes
+    dram = (problem.least_bytes + 0.3 * halo * x_bytes) / (device.dram_gbs * 1e9) * max(1.0, 32768 / in_flight)
+    start = LAUNCH_SECONDS + 1.5e-9 * device.latency_ns + ending * math.sqrt(rounds)
+    return start + math.sqrt(math.hypot(dram**2, issue**2, sharing**2))
+
+
+def tiles_of(problem: DepthwiseProblem, device: DeviceSpec) -> list[tuple[Tile, Geometry]]:
+    """Tiles that come into question with their geometries, best first: at most MOST_TILES, two of a shape."""
+    found: list[tuple[float, Tile, Geometry]] = []
+    for shape in shapes_of(problem):
+        for threads in THREADS:
+            tile = replace(shape, threads=threads)
+            geometry = geometry_of(problem, device, tile)
+            if isinstance(geometry, Geometry):
+                found.append((taps_seconds(problem, device, tile, geometry), tile, geometry))
+    chosen: list[tuple[Tile, Geometry]] = []
+    for _, tile, geometry in sorted(found, key=lambda each: each[0]):
+        same = [other for other, _ in chosen if (other.rows, other.columns) == (tile.rows, tile.columns)]
+        alike = [other for other in same if abs(other.threads - tile.threads) < 64]
+        if len(same) < 2 and not alike and len(chosen) < MOST_TILES:
+            chosen.append((tile, geometry))
+    return chosen

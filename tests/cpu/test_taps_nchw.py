@@ -1,0 +1,148 @@
+"""taps_nchw: its ways through a problem, each in shuffled orders of threads, and what its plans promise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from checks import check_filter_gradient
+from dwconv import emulator, reference
+from dwconv.choose import candidates, choose
+from dwconv.device import H200, PRESETS
+from dwconv.plan import Plan, Rejection
+from dwconv.problem import DepthwiseProblem
+from dwconv.variants import REGISTRY
+from dwconv.variants.taps_geometry import Geometry, Tile, banked, geometry_of
+from dwconv.variants.taps_tiles import tiles_of, valid_share
+from edge_plans import bits
+from problems import make_filter_gradient_inputs, make_filter_gradients
+
+VARIANT = REGISTRY["taps_nchw"]
+
+
+def problem_of(batch, channels, size, taps, padding=0, **others) -> DepthwiseProblem:
+    pads = tuple((padding, padding) for _ in size) if isinstance(padding, int) else padding
+    return DepthwiseProblem(batch, channels, size, taps, padding=pads, direction="grad_weight", **others)
+
+
+def plan_of(problem: DepthwiseProblem, tile: Tile) -> Plan:
+    plan = VARIANT.plan(problem, H200, tile)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+# A problem, a tile, and what of the geometry makes it a way of its own.
+WAYS = {
+    "planes of several images": (problem_of(5, 3, (7, 7), (3, 3), 1), Tile(7, 7, 3, 3, 64), "images"),
+    "several channels": (problem_of(2, 20, (14, 14), (3, 3), 1, dtype="float16"), Tile(7, 14, 3, 3, 64), "channels"),
+    "bands of rows": (problem_of(1, 2, (57, 60), (3, 3), 1), Tile(4, 10, 3, 3, 64), "row_bands"),
+    "bands of columns": (problem_of(2, 2, (9, 300), (3, 3), 1, multiplier=2), Tile(4, 4, 3, 3, 64), "column_bands"),
+    "bands of a sequence": (problem_of(1, 2, (1, 999), (1, 9), ((0, 0), (8, 0))), Tile(1, 7, 1, 9, 64), "column_bands"),
+    "several parts": (problem_of(9, 1, (30, 28), (5, 5), 2, bias=True), Tile(7, 7, 5, 5, 64), "parts"),
+    "tiles of taps": (problem_of(2, 2, (20, 20), (13, 11), ((6, 6), (5, 5))), Tile(7, 5, 5, 4, 64), "tap_tiles"),
+    "tiles of taps, bias, strides": (
+        problem_of(1, 2, (23, 25), (9, 9), 4, stride=(2, 3), bias=True, dtype="bfloat16"),
+        Tile(4, 3, 3, 5, 64),
+        "tap_tiles",
+    ),
+    "dilation": (problem_of(1, 3, (33, 33), (3, 3), 6, dilation=(6, 6)), Tile(7, 11, 3, 3, 64), "channels"),
+    "float64": (problem_of(2, 2, (15, 16), (3, 3), 1, dtype="float64"), Tile(5, 4, 3, 3, 64), "channels"),
+    "padding beyond the filter": (problem_of(2, 2, (5, 6), (3, 3), 5), Tile(4, 5, 3, 3, 64), "channels"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_through_a_problem(way):
+    problem, tile, several = WAYS[way]
+    geometry = geometry_of(problem, H200, tile)
+    assert isinstance(geometry, Geometry)
+    assert getattr(geometry, several) > 1
+    plan = plan_of(problem, tile)
+    expected = bits(check_filter_gradient(plan))
+    assert torch.equal(bits(check_filter_gradient(plan, order_seed=3)), expected)
+    check_filter_gradient(plan, order_seed=4, poison=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "tile"), [((7, 7), Tile(7, 7, 3, 3, 64)), ((9, 10), Tile(7, 7, 3, 3, 64)), ((9, 10), Tile(4, 4, 3, 3, 64))]
+)
+def test_padding_takes_no_part_where_g_is_not_finite(size, tile):
+    problem = problem_of(2, 3, size, (3, 3), 1, bias=True)
+    x, grad = make_filter_gradient_inputs(problem, seed=1)
+    grad[0, 0, 0, 3], grad[1, 1, -1, -1] = math.inf, math.nan  # rows and columns beside them are padding
+    weight, bias = make_filter_gradients(problem)
+    emulator.run_filter_gradient(plan_of(problem, tile), x, grad, weight.y, bias.y)
+    found = torch.cat([weight.y.view(3, -1), bias.y.view(3, 1)], 1)
+    assert found[0, :3].isfinite().all()  # the filter's first row doesn't meet g's first row inside the image
+    assert found[0, 3:9].isinf().all()
+    assert found[1, [2, 5, 6, 7, 8]].isfinite().all()
+    assert found[1, [0, 1, 3, 4, 9]].isnan().all()
+    assert reference.describe_mismatch(found, *reference.filter_gradient(x, grad, problem)) is None
+
+
+def test_few_tiles_for_each_problem_and_little_memory():
+    for batch, channels, size, taps in [
+        (128, 32, (112, 112), (3, 3)),
+        (128, 960, (7, 7), (5, 5)),
+        (32, 128, (56, 56), (31, 31)),
+        (1, 96, (56, 56), (7, 7)),
+        (2048, 64, (4, 4), (3, 3)),
+        (32, 768, (1, 768), (1, 768)),
+    ]:
+        padding = tuple((taps_ - 1, 0) if taps_ > 100 else (taps_ // 2, taps_ // 2) for taps_ in taps)
+        plans = VARIANT.every_plan(problem_of(batch, channels, size, taps, padding), H200)
+        assert 1 <= len(plans) <= 16
+        for plan in plans:
+            assert plan.partial_bytes <= 1 << 26
+            assert plan.shared_bytes < H200.shared_bytes
+            assert plan.arrivals <= channels
+
+
+@pytest.mark.parametrize("arch", PRESETS)
+def test_every_card_has_a_tile(arch):
+    for dtype in ("float32", "float16", "float64"):
+        for taps in ((3, 3), (7, 7), (31, 31)):
+            problem = problem_of(4, 8, (28, 28), taps, taps[0] // 2, dtype=dtype)
+            assert tiles_of(problem, PRESETS[arch])
+
+
+def test_shared_memory_is_congruent_to_memory():
+    """Pieces of 16 bytes are aligned in both, for every line of a stage."""
+    for problem, tile, _ in WAYS.values():
+        geometry = geometry_of(problem, H200, tile)
+        assert isinstance(geometry, Geometry)
+        vector, (out_h, out_w) = 16 // problem.element_bytes, problem.out_size
+        image, channel, row, _ = problem.plane_strides
+        for pitches, steps in (
+            (geometry.x, (image, channel, row)),
+            (geometry.g, (problem.out_channels * out_h * out_w, out_h * out_w, out_w)),
+        ):
+            if geometry.images > 1:
+                assert (pitches.image - steps[0]) % vector == 0
+            assert (pitches.plane - steps[1]) % vector == 0
+            assert (pitches.row - steps[2]) % vector == 0
+        assert geometry.x_begin % vector == geometry.g_begin % vector == geometry.stage_elements % vector == 0
+
+
+def test_what_it_refuses():
+    def reason(problem: DepthwiseProblem) -> str:
+        (rejection,) = candidates(problem, H200, "taps_nchw")
+        assert isinstance(rejection, Rejection)
+        return rejection.reason
+
+    problem = problem_of(2, 3, (8, 8), (3, 3), 1)
+    assert "follow one another" in reason(replace(problem, x_strides=(600, 200, 16, 1)))
+    assert "threads" in reason(replace(problem, multiplier=300))
+    assert "computes grad_weight" in reason(replace(problem, direction="forward"))
+    assert choose(replace(problem, multiplier=300), H200).variant == "one_tap_per_block"
+
+
+def test_banks_and_shares_of_products():
+    assert banked([7 * 4 * lane for lane in range(32)], 4) == 1  # odd steps
+    assert banked([16 * lane for lane in range(32)], 16) == 4
+    assert banked([32 * lane for lane in range(32)], 16) == 8
+    assert valid_share(problem_of(1, 1, (7, 7), (7, 7), 3), 0) == pytest.approx(37 / 49)
+    assert valid_share(problem_of(1, 1, (9, 9), (3, 3)), 1) == 1
