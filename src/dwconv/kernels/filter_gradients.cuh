@@ -31,4 +31,73 @@ __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned parts, 
     return last;
 }
 
+// Loads what other blocks have written during this launch: past L1, which may hold older bytes.
+template <int Width, class T>
+__device__ __forceinline__ Vector<T, Width> load_written(const T* address) {
+    static_assert(sizeof(T) * Width == 16, "Width must be a vector of 16 bytes");
+#ifdef DWCONV_EMULATOR
+    return *reinterpret_cast<const Vector<T, Width>*>(address);
+#else
+    union {
+        uint4 bits;
+        Vector<T, Width> vector;
+    } both;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(both.bits.x), "=r"(both.bits.y), "=r"(both.bits.z), "=r"(both.bits.w)
+                 : "l"(address)
+                 : "memory");
+    return both.vector;
+#endif
+}
+
+// Adds up `count` sums of `parts` blocks, partial[parts][count], part after part, and passes each to store(index, sum).
+// Where there are more threads than vectors of 16 bytes, they share the parts: each slice of neighbouring parts is
+// summed by other threads, and then slice after slice. All Threads threads of the block must call it; `scratch` is
+// 16 * Threads bytes of shared memory that nobody uses. `partial` and `count` are whole vectors.
+template <int Threads, class Sum, class Store>
+__device__ __forceinline__ void finish_filter_gradients(const Sum* partial, unsigned parts, unsigned count,
+                                                        Sum* scratch, const Store& store) {
+    constexpr int kWidth = 16 / sizeof(Sum), kAhead = 8;
+    const unsigned vectors = count / kWidth;
+    const unsigned slices = vectors < Threads ? min(Threads / vectors, parts) : 1;
+    const unsigned slice_parts = (parts + slices - 1) / slices;
+    const unsigned slice = slices == 1 ? 0 : threadIdx.x / vectors;
+    const unsigned first_part = slice * slice_parts, end_part = min(parts, first_part + slice_parts);
+#pragma unroll 1
+    for (unsigned vector = threadIdx.x - slice * vectors; vector < vectors; vector += Threads) {
+        Sum sums[kWidth] = {};
+        if (slice < slices) {
+            const Sum* from = partial + static_cast<unsigned long long>(first_part) * count + vector * kWidth;
+#pragma unroll 1
+            for (unsigned part = first_part; part < end_part; part += kAhead) {
+                Vector<Sum, kWidth> found[kAhead];
+#pragma unroll
+                for (unsigned k = 0; k < kAhead; ++k)
+                    if (part + k < end_part) found[k] = load_written<kWidth>(from + k * count);
+#pragma unroll
+                for (unsigned k = 0; k < kAhead; ++k)
+                    if (part + k < end_part)
+#pragma unroll
+                        for (int e = 0; e < kWidth; ++e) sums[e] += found[k].element[e];
+                from += kAhead * count;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+            if (slices == 1)
+                store(vector * kWidth + e, sums[e]);
+            else if (slice < slices)
+                scratch[slice * count + vector * kWidth + e] = sums[e];
+        }
+        if (slices > 1) break;
+    }
+    if (slices == 1) return;
+    __syncthreads();
+    for (unsigned index = threadIdx.x; index < count; index += Threads) {
+        Sum sum = scratch[index];
+        for (unsigned k = 1; k < slices; ++k) sum += scratch[k * count + index];
+        store(index, sum);
+    }
+}
+
 }  // namespace dwconv

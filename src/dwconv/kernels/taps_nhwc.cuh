@@ -1,0 +1,158 @@
+// taps_nhwc.cuh: gradients of filters and bias, channels last: rows of x and g stream through shared memory
+//   dw[c,u,v] = sum over images n and outputs (i, j) of g[n, i, j, c] * x[n, i*SH - PT + u*DH, j*SW - PL + v*DW, c/M]
+//   db[c]     = sum over images n and outputs (i, j) of g[n, i, j, c]                          float32 sums
+//   x [N,H,W,C]   g [N,OH,OW,C*M]   dw [C*M,KH,KW]   db [C*M] or null     offsets in elements, 64-bit
+//   A lane owns kVector neighbouring channels, and sums of kTapsA x kTapsB taps of each. kLanes lanes are a tile, which
+//   marches down kColumns neighbouring columns of outputs: the rows of g that are met again stay in registers, each row
+//   of x is read once. A warp has its own stages of rows in shared memory, kStages - 1 of them in flight: warps don't
+//   wait for each other. Then the block adds up its tiles, and the last block the blocks, in one order.
+//   grid.x = tiles of taps * groups of kChunks chunks of channels * parts of all output rows, in this order
+//   shared memory: stages [kWarps][kStages] (W::kStage); then sums [kSlab][threads]
+//   least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for more tiles of taps
+#pragma once
+#include "taps_nhwc_sums.cuh"
+
+namespace dwconv {
+
+template <class C>
+__device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,
+                                          const TapsNhwcTiling& tiling) {
+    using W = TapsNhwc<C>;
+    using Element = typename C::Element;
+    using Sum = typename W::Sum;
+    constexpr unsigned kStageBytes = W::kStage * sizeof(Element);
+    const TapsPlace<C> place(sizes, tiling);
+    const unsigned first_position = place.part * tiling.part_rows;
+    const unsigned end_position = min(first_position + tiling.part_rows, tiling.positions);
+    const bool has_channels =
+        (static_cast<long long>(place.group) * C::kChunks + place.chunk) * W::kChannels < sizes.out_channels;
+    unsigned position = has_channels ? first_position : end_position;
+
+    Element* const stages = shared_memory<Element>() + threadIdx.x / 32 * (C::kStages * W::kStage);
+    TapsCopies<C> copies(tensors, sizes, place, tiling, stages, position, end_position);
+#pragma unroll 1
+    for (int k = 0; k < C::kStages - 1; ++k) copies.copy(k * kStageBytes, tensors, sizes);
+
+    // What the lane reads: bytes from the start of shared memory to its channels in g, and in x.
+    const unsigned channels = place.tile % W::kTiles * W::kChannels + threadIdx.x % 32 % C::kLanes * C::kVector;
+    const unsigned warp_stages = threadIdx.x / 32 * (C::kStages * kStageBytes);
+    const unsigned g_own = kept(warp_stages + channels * static_cast<unsigned>(sizeof(Element)));
+    const unsigned x_own =
+        (C::kMultiplier == 1 ? g_own
+                             : kept(warp_stages + channels / C::kMultiplier * static_cast<unsigned>(sizeof(Element)))) +
+        W::kGElements * static_cast<unsigned>(sizeof(Element));
+    TapsSums<C> taps;
+    TapsSegment<C> segment;
+    unsigned stage = 0, next_stage = (C::kStages - 1) * kStageBytes;  // in bytes
+#pragma unroll 1
+    while (segment.find(position, end_position, place, tiling)) {
+        taps.begin();
+        int phase = 0;
+#pragma unroll 1
+        for (int step = segment.first; step < segment.last; step += C::kStageSteps) {
+            wait_for_copies<C::kStages - 2>();
+            __syncwarp();  // the stage is there for all lanes, and none reads the one any more that is filled now
+            copies.copy(next_stage, tensors, sizes);
+            const unsigned char* const shared = shared_memory<unsigned char>() + stage;
+            const auto* const g_at = reinterpret_cast<const Element*>(shared + g_own);
+            const auto* const x_at = reinterpret_cast<const Element*>(shared + x_own);
+            if constexpr (W::kFlat)
+                taps.steps(g_at, x_at);
+            else
+                taps.template step_of<0>(phase, g_at, x_at, step, segment, place);
+            phase = phase + 1 == W::kLive ? 0 : phase + 1;
+            next_stage = stage;
+            stage = stage + kStageBytes == C::kStages * kStageBytes ? 0 : stage + kStageBytes;
+        }
+    }
+    wait_for_copies<0>();
+
+    // What stands at an index of the block's sums.
+    constexpr int kLanes = C::kChunks * C::kLanes, kTaps = C::kTapsA * C::kTapsB;
+    const auto channel_of = [&](int index) {
+        return (static_cast<long long>(place.group) * kLanes + index % kLanes) * C::kVector +
+               index / kLanes % C::kVector;
+    };
+    const auto store = [&](int index, Sum sum) {
+        const long long channel = channel_of(index);
+        const int tap = index / (kLanes * C::kVector);
+        if (channel >= sizes.out_channels) return;
+        if (tap < kTaps) {
+            const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
+            if (u < W::kFilterA && v < W::kFilterB)
+                tensors.dw[channel * (W::kFilterA * W::kFilterB) +
+                           (W::kTurned ? v * W::kFilterA + u : u * W::kFilterB + v)] = static_cast<Element>(sum);
+        } else if (tap < W::kSums && place.tap_tile == 0) {
+            tensors.db[channel] = static_cast<Element>(sum);
+        }
+    };
+    const unsigned of_grid = place.group * tiling.tap_tiles.divisor + place.tap_tile;
+    Sum* const partial =
+        static_cast<Sum*>(tensors.partial) + static_cast<unsigned long long>(of_grid) * tiling.parts * W::kCount;
+    Sum* const own = partial + static_cast<unsigned long long>(place.part) * W::kCount;
+    add_tiles<C>(taps, shared_memory<Sum>(), [&](int index, Sum sum) {
+        if (C::kRepair && !(sum - sum == Sum(0))) {
+            const long long channel = channel_of(index);
+            sum = channel < sizes.out_channels
+                      ? exact_block_sum<C>(tensors, sizes, tiling, place, first_position, end_position, channel,
+                                           index / (kLanes * C::kVector))
+                      : Sum(0);
+        }
+        if (tiling.parts == 1)
+            store(index, sum);
+        else
+            own[index] = sum;
+    });
+    if (tiling.parts == 1) return;
+    Sum* const scratch = shared_memory<Sum>();
+    int* const flag = reinterpret_cast<int*>(shared_memory<unsigned char>() + 16 * W::kThreads);
+    if (arrives_last(tensors.arrivals + of_grid, tiling.parts, flag))
+        finish_filter_gradients<W::kThreads>(partial, tiling.parts, static_cast<unsigned>(W::kCount), scratch,
+                                             [&](unsigned index, Sum sum) { store(static_cast<int>(index), sum); });
+}
+
+}  // namespace dwconv
+
+// ---- border: everything above is templates; here the -D defines of one specialisation become its Config ----
+
+#include "config.cuh"
+
+#ifndef DWCONV_CONSTANTS  // defaults of the tile
+#define DWCONV_TURNED 0
+#define DWCONV_TAPS_A 3
+#define DWCONV_TAPS_B 3
+#define DWCONV_COLUMNS 7
+#define DWCONV_LANES 32
+#define DWCONV_VECTOR 1
+#define DWCONV_WARPS 8
+#define DWCONV_MIN_BLOCKS 1
+#define DWCONV_CHUNKS 1
+#define DWCONV_STAGES 4
+#define DWCONV_STAGE_STEPS 1
+#define DWCONV_G_BYTES 16
+#define DWCONV_X_BYTES 16
+#define DWCONV_CACHED 1
+#define DWCONV_WIDTH 0
+#define DWCONV_SLAB 9
+#define DWCONV_REPAIR 1
+#endif
+
+struct Config : ProblemConfig {
+    static constexpr bool kTurned = DWCONV_TURNED;
+    static constexpr int kTapsA = DWCONV_TAPS_A, kTapsB = DWCONV_TAPS_B, kColumns = DWCONV_COLUMNS;
+    static constexpr int kLanes = DWCONV_LANES, kVector = DWCONV_VECTOR;
+    static constexpr int kWarps = DWCONV_WARPS, kMinBlocks = DWCONV_MIN_BLOCKS, kChunks = DWCONV_CHUNKS;
+    static constexpr int kStages = DWCONV_STAGES, kStageSteps = DWCONV_STAGE_STEPS;
+    static constexpr int kGBytes = DWCONV_G_BYTES, kXBytes = DWCONV_X_BYTES;
+    static constexpr bool kCached = DWCONV_CACHED;
+    static constexpr int kWidth = DWCONV_WIDTH, kSlab = DWCONV_SLAB;
+    static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
+};
+
+using Tiling = dwconv::TapsNhwcTiling;
+
+extern "C" __global__ void __launch_bounds__(32 * Config::kWarps, Config::kMinBlocks)
+    dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
+                  const Tiling tiling) {
+    dwconv::taps_nhwc<Config>(tensors, sizes, tiling);
+}

@@ -1,0 +1,222 @@
+// taps_nhwc_sums.cuh: the multiply-adds of taps_nhwc, and how the sums of a block's tiles become one
+#pragma once
+#include "taps_nhwc_rows.cuh"
+
+namespace dwconv {
+
+// Two bfloat16 as floats, by an instruction each. In C++ compilers take three for the second one, or convert again for
+// each row of taps (sm_90, NVRTC 13.0).
+__device__ __forceinline__ void upper_and_lower(unsigned bits, float& lower, float& upper) {
+#ifdef DWCONV_EMULATOR
+    lower = __uint_as_float(bits << 16);
+    upper = __uint_as_float(bits & 0xffff0000u);
+#else
+    asm volatile("shl.b32 %0, %1, 16;" : "=f"(lower) : "r"(bits));
+    asm volatile("and.b32 %0, %1, 0xffff0000;" : "=f"(upper) : "r"(bits));
+#endif
+}
+
+template <class T>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
+
+// A lane's channels of a column in shared memory.
+template <class C, int Width, class Sum>
+__device__ __forceinline__ void read_channels(const typename C::Element* at, Sum (&values)[Width]) {
+    union {
+        typename Word<Width * sizeof(typename C::Element)>::Type bits;
+        Vector<typename C::Element, Width> vector;
+    } both;
+    both.bits = *reinterpret_cast<const decltype(both.bits)*>(at);
+    if constexpr (Width == 2 && kIsBFloat16<typename C::Element>) {
+        upper_and_lower(both.bits, values[0], values[1]);
+    } else {
+#pragma unroll
+        for (int e = 0; e < Width; ++e) values[e] = static_cast<Sum>(both.vector.element[e]);
+    }
+}
+
+// What a lane adds up: rows of g in a ring, and its sums: those of the tile's taps, then that of the bias.
+template <class C>
+struct TapsSums {
+    using W = TapsNhwc<C>;
+    using Element = typename C::Element;
+    using Sum = typename W::Sum;
+    Sum g[W::kLive][C::kColumns][C::kVector];
+    Sum sums[W::kSums][C::kVector];
+
+    __device__ __forceinline__ TapsSums() {
+#pragma unroll
+        for (int k = 0; k < W::kSums; ++k)
+#pragma unroll
+            for (int e = 0; e < C::kVector; ++e) sums[k][e] = 0;
+    }
+
+    __device__ __forceinline__ void begin() {
+        if constexpr (W::kFlat) {
+#pragma unroll
+            for (int k = 0; k < W::kLive; ++k)
+#pragma unroll
+                for (int e = 0; e < C::kVector; ++e) g[k][0][e] = 0;
+        }
+    }
+
+    template <int Slot>
+    __device__ __forceinline__ void take_row(const Element* at) {
+#pragma unroll
+        for (int t = 0; t < C::kColumns; ++t) read_channels<C, C::kVector>(at + t * W::kPitch, g[Slot][t]);
+        if constexpr (C::kHasBias) {
+#pragma unroll
+            for (int t = 0; t < C::kColumns; ++t)
+#pragma unroll
+                for (int e = 0; e < C::kVector; ++e) sums[W::kSums - 1][e] += g[Slot][t][e];
+        }
+    }
+
+    // Adds the products of a row of x with the row of g in a slot, which meet in row `tap` of the tile.
+    __device__ __forceinline__ void add(const Sum (&window)[W::kWindow][C::kVector],
+                                        const Sum (&row)[C::kColumns][C::kVector], int tap) {
+#pragma unroll
+        for (int column = 0; column < W::kWindow; ++column) {
+            if (!W::has_column(column)) continue;
+#pragma unroll
+            for (int t = 0; t < C::kColumns; ++t) {
+                const int v = column - t * W::kStrideB;
+                if (v < 0 || v >= C::kTapsB) continue;
+#pragma unroll
+                for (int e = 0; e < C::kVector; ++e) sums[tap * C::kTapsB + v][e] += window[column][e] * row[t][e];
+            }
+        }
+    }
+
+    // One step: the row of g goes to slot Phase; each row of x meets the rows of g that the segment has.
+    template <int Phase>
+    __device__ __forceinline__ void step(const Element* g_at, const Element* x_at, int number,
+                                         const TapsSegment<C>& segment, const TapsPlace<C>& place) {
+        if (number < segment.end) take_row<Phase>(g_at);
+        const int row = segment.base + number * W::kReach;
+#pragma unroll
+        for (int e = 0; e < W::kRows; ++e) {
+            if (static_cast<unsigned>(row + e * W::kApartA) >= static_cast<unsigned>(place.in_a)) continue;
+            Sum window[W::kWindow][C::kVector];
+#pragma unroll
+            for (int column = 0; column < W::kWindow; ++column)
+                if (W::has_column(column))
+                    read_channels<C, C::kVector>(x_at + (e * W::kKept + column - W::kSkipped) * W::kXPitch,
+                                                 window[column]);
+#pragma unroll
+            for (int back = 0; back < W::kLive; ++back) {
+                const int tap = e + back * W::kStrideA;
+                if (tap >= C::kTapsA) continue;
+                if (W::kFilterA % C::kTapsA != 0 && place.tap_a + tap >= W::kFilterA) continue;
+                if (static_cast<unsigned>(number - back - segment.first) <
+                    static_cast<unsigned>(segment.end - segment.first))
+                    add(window, g[(Phase + W::kLive - back) % W::kLive], tap);
+            }
+        }
+    }
+
+    template <int Phase>
+    __device__ __forceinline__ void step_of(int phase, const Element* g_at, const Element* x_at, int number,
+                                            const TapsSegment<C>& segment, const TapsPlace<C>& place) {
+        if constexpr (Phase + 1 < W::kLive) {
+            if (phase != Phase) {
+                step_of<Phase + 1>(phase, g_at, x_at, number, segment, place);
+                return;
+            }
+        }
+        step<Phase>(g_at, x_at, number, segment, place);
+    }
+
+    // All steps of a stage: rows that don't exist are zeros.
+    template <int Step = 0>
+    __device__ __forceinline__ void steps(const Element* g_at, const Element* x_at) {
+        if constexpr (Step < C::kStageSteps) {
+            constexpr int kPhase = Step % W::kLive;
+            take_row<kPhase>(g_at + Step * W::kPitch);
+#pragma unroll
+            for (int e = 0; e < W::kRows; ++e) {
+                Sum window[1][C::kVector];
+                read_channels<C, C::kVector>(x_at + (Step * W::kRows + e) * W::kXPitch, window[0]);
+#pragma unroll
+                for (int back = 0; back < W::kLive; ++back)
+                    if (e + back * W::kStrideA < C::kTapsA)
+                        add(window, g[(kPhase + W::kLive - back) % W::kLive], e + back * W::kStrideA);
+            }
+            steps<Step + 1>(g_at, x_at);
+        }
+    }
+};
+
+// A sum of the block, term by term: zeros that stand for what doesn't exist make NaNs of Infs and NaNs.
+template <class C>
+__device__ __forceinline__ typename TapsNhwc<C>::Sum exact_block_sum(
+    const FilterGradients<typename C::Element>& tensors, const Sizes& sizes, const TapsNhwcTiling& tiling,
+    const TapsPlace<C>& place, unsigned first, unsigned end, long long channel, int tap) {
+    using W = TapsNhwc<C>;
+    using Sum = typename W::Sum;
+    const bool is_bias = tap == C::kTapsA * C::kTapsB;
+    const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
+    Sum sum = 0;
+#pragma unroll 1
+    for (unsigned position = first; position < end; ++position) {
+        const unsigned line_of_all = tiling.rows.quotient(position);
+        const unsigned row_class = W::kClassesA == 1 ? 0 : tiling.super_lines.quotient(line_of_all);
+        const unsigned super_line = line_of_all - row_class * tiling.super_lines.divisor;
+        const long long i =
+            row_class + static_cast<long long>(position - line_of_all * tiling.rows.divisor) * W::kClassesA;
+        const long long r = i * W::kStepA - W::kPadA + static_cast<long long>(u) * W::kApartA;
+        if (i >= place.out_a || (!is_bias && (r < 0 || r >= place.in_a))) continue;
+#pragma unroll 1
+        for (unsigned tile = 0; tile < W::kBlockTiles; ++tile) {
+            const unsigned line = super_line * W::kBlockTiles + tile;
+            if (line >= tiling.lines) break;
+            const TapsLine at = TapsLine::find<C>(line, tiling);
+#pragma unroll 1
+            for (int t = 0; t < C::kColumns; ++t) {
+                const long long j = at.column_class + static_cast<long long>(at.first + t) * W::kClassesB;
+                const long long c = j * W::kStepB - W::kPadB + static_cast<long long>(v) * W::kApartB;
+                if (j >= place.out_b || (!is_bias && (c < 0 || c >= place.in_b))) continue;
+                const Sum g = static_cast<Sum>(
+                    load_one(tensors.g + at.image * place.g_image + i * place.g_a + j * place.g_b + channel));
+                sum += is_bias ? g
+                               : g * static_cast<Sum>(load_one(tensors.x + at.image * sizes.x_image + r * place.x_a +
+                                                               c * place.x_b + channel / C::kMultiplier));
+            }
+        }
+    }
+    return sum;
+}
+
+// Adds up the sums of the block's tiles, kSlab values of a thread at a time, and passes each to store(index, sum).
+// An index counts the block's lanes of channels, then values of a lane (its channels, then its taps).
+template <class C, class Store>
+__device__ __forceinline__ void add_tiles(const TapsSums<C>& taps, typename TapsNhwc<C>::Sum* shared,
+                                          const Store& store) {
+    using W = TapsNhwc<C>;
+    using Sum = typename W::Sum;
+    constexpr int kLanes = C::kChunks * C::kLanes;
+#pragma unroll
+    for (int first = 0; first < W::kValues; first += C::kSlab) {
+        __syncthreads();
+#pragma unroll
+        for (int k = first; k < smaller(first + C::kSlab, W::kValues); ++k)
+            shared[(k - first) * W::kThreads + threadIdx.x] = taps.sums[k / C::kVector][k % C::kVector];
+        __syncthreads();
+        const int count = smaller(C::kSlab, W::kValues - first) * kLanes;
+#pragma unroll 1
+        for (int index = static_cast<int>(threadIdx.x); index < count; index += W::kThreads) {
+            const int value = index / kLanes, lane = index % kLanes;
+            const Sum* from = shared + value * W::kThreads + lane / C::kLanes * 32 + lane % C::kLanes;
+            Sum sum = 0;
+#pragma unroll 1
+            for (int warp = 0; warp < C::kWarps / C::kChunks; ++warp)
+#pragma unroll
+                for (int tile = 0; tile < W::kTiles; ++tile) sum += from[warp * C::kChunks * 32 + tile * C::kLanes];
+            store(first * kLanes + index, sum);
+        }
+    }
+}
+
+}  // namespace dwconv

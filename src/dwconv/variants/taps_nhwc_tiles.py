@@ -1,0 +1,377 @@
+"""Tiles of taps_nhwc: what a lane, a warp and a block make, and how that divides a problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..device import DeviceSpec
+from ..problem import DepthwiseProblem
+from .strips import divided, up
+
+NARROW = 14  # columns: the kernel is compiled for images up to this wide, and leaves products with padding out
+MOST_VALUES = 160  # registers of a lane for sums, rows of g and the window of x
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What is compiled in.
+
+    Attributes:
+        turned: the march goes along the rows of the image, else down its columns.
+        taps: of a lane, along the march and across.
+        columns: neighbouring outputs across, of a lane.
+        lanes: of a tile; a warp holds 32 // lanes tiles.
+        vector: neighbouring channels of a lane.
+        warps: of a block; a chunk of channels has warps // chunks of them.
+        chunks: of channels of a block, lanes * vector each.
+        stages: of shared memory of a warp; all but one are being filled.
+        stage_steps: rows of g of a stage; more than one where an image is one column.
+        min_blocks: blocks that a multiprocessor shall hold, which limits a thread's registers.
+        cached: copies go through L1.
+    """
+
+    turned: bool
+    taps: tuple[int, int]
+    columns: int
+    lanes: int
+    vector: int
+    warps: int = 8
+    chunks: int = 1
+    stages: int = 4
+    stage_steps: int = 1
+    min_blocks: int = 1
+    cached: bool = True
+
+    def __str__(self) -> str:
+        return (
+            f"{self.taps[0]}×{self.taps[1]} taps, {self.columns} columns × {self.vector} channels a lane, "
+            f"{self.lanes} lanes, {self.chunks} chunks, {self.warps} warps, {self.stages} stages of "
+            f"{self.stage_steps} steps{', along rows' if self.turned else ''}{'' if self.cached else ', past L1'}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of a problem: along the march, or across. Sizes in elements.
+
+    Attributes:
+        classes: of outputs that share no products, each with inputs of its own.
+        stride: of inputs inside a class, where taps are neighbours.
+    """
+
+    size: int
+    out: int
+    filter: int
+    padding: int
+    apart: int
+    classes: int
+    stride: int
+
+
+def axes(problem: DepthwiseProblem, turned: bool) -> tuple[Axis, Axis]:
+    """The axis of the march, and the one across.
+
+    >>> problem = DepthwiseProblem(1, 8, (9, 33), (3, 3), stride=(1, 2), dilation=(1, 6), direction="grad_weight")
+    >>> axes(problem, False)[1].classes, axes(problem, False)[1].stride
+    (3, 1)
+    """
+
+    def axis(k: int) -> Axis:
+        stride, dilation = problem.stride[k], problem.dilation[k]
+        common = math.gcd(stride, dilation)
+        return Axis(
+            problem.size[k],
+            problem.out_size[k],
+            problem.filter[k],
+            problem.padding[k][0],
+            dilation,
+            dilation // common,
+            stride // common,
+        )
+
+    return (axis(1), axis(0)) if turned else (axis(0), axis(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a tile means for a problem; the kernel's TapsNhwc computes the same.
+
+    Attributes:
+        live: rows of g that a row of x may meet; rows: of x, in a step.
+        kept: columns of x in shared memory; width: of the image, where it is compiled in, else 0.
+        column_tiles: of one class of columns.
+        stage_bytes, shared_bytes: of a warp; of a block.
+        values: sums of a lane; slab: of them that are in shared memory at a time.
+        count: sums of a block, as whole vectors.
+        groups: chunk groups; tap_tiles: tiles of taps.
+        lines, super_lines: of one class of rows; line_rows: positions of a super-line.
+        positions: of all super-lines.
+        resident: blocks that a multiprocessor holds.
+        parts, part_rows: blocks of a group and tile of taps; positions of each.
+    """
+
+    live: int
+    rows: int
+    kept: int
+    width: int
+    column_tiles: int
+    stage_bytes: int
+    shared_bytes: int
+    values: int
+    slab: int
+    count: int
+    groups: int
+    tap_tiles: int
+    lines: int
+    super_lines: int
+    line_rows: int
+    positions: int
+    resident: int
+    parts: int
+    part_rows: int
+
+
+def sum_bytes(problem: DepthwiseProblem) -> int:
+    return 8 if problem.dtype == "float64" else 4
+
+
+def piece_bytes(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int] | None:
+    """Bytes that one copy of g, and of x, moves; None where lanes' channels are no vectors."""
+    image, _, row, column = problem.plane_strides
+    size, channels = problem.element_bytes, tile.lanes * tile.vector
+    in_x = (problem.channels, channels // problem.multiplier, row, column, *((image,) if problem.batch > 1 else ()))
+    found = []
+    for numbers in ((problem.out_channels, channels), in_x):
+        most = 16
+        while most > size and (problem.aligned % most or any(n * size % most for n in numbers)):
+            most //= 2
+        found.append(most)
+    return None if min(found) < tile.vector * size else (found[0], found[1])
+
+
+def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None:
+    """How a tile divides the problem; None where it doesn't fit in shared memory."""
+    along, across = axes(problem, tile.turned)
+    size, warp_tiles, channels = problem.element_bytes, 32 // tile.lanes, tile.lanes * tile.vector
+    flat = tile.stage_steps > 1
+    tap_tiles = divided(along.filter, tile.taps[0]) * divided(across.filter, tile.taps[1])
+    live = divided(tile.taps[0], along.stride)
+    rows = along.stride if flat else min(along.stride, tile.taps[0])
+    window = (tile.columns - 1) * across.stride + tile.taps[1]
+    class_columns = divided(across.out, across.classes)
+    column_tiles = divided(class_columns, tile.columns)
+    narrow = across.size <= NARROW and column_tiles == 1 and tile.taps[1] == across.filter and across.apart == 1
+    narrow = narrow and across.padding < window and not flat
+    kept = max(1, min(across.size, window - across.padding)) if narrow else window
+
+    def region(columns: int, pitch: int) -> int:
+        return up(columns * pitch * size, 16)
+
+    pitch = warp_tiles * channels
+    stage_bytes = region(tile.stage_steps * tile.columns, pitch)
+    stage_bytes += region(tile.stage_steps * rows * kept, pitch // problem.multiplier)
+    values = (tile.taps[0] * tile.taps[1] + problem.bias) * tile.vector
+    threads, of_sum = 32 * tile.warps, sum_bytes(problem)
+    limit = device.shared_bytes - 1024
+    in_stages = max(tile.warps * tile.stages * stage_bytes, 16 * threads + 16)
+    if in_stages > limit:
+        return None
+    # All sums at a time, if that costs no resident block.
+    fitting = (device.shared_bytes // (device.shared_bytes // (in_stages + 1024)) - 1024) // (threads * of_sum)
+    slab = max(1, min(values, fitting))
+    shared_bytes = up(max(in_stages, slab * threads * of_sum), 16)
+
+    block_tiles = tile.warps // tile.chunks * warp_tiles
+    lines = problem.batch * across.classes * column_tiles
+    super_lines = divided(max(1, lines), block_tiles)
+    line_rows = divided(along.out, along.classes)
+    positions = along.classes * super_lines * line_rows
+    groups = divided(divided(problem.out_channels, channels), tile.chunks)
+    resident = max(1, min(tile.min_blocks, device.shared_bytes // (shared_bytes + 1024), device.threads // threads))
+    slots = device.multiprocessors * resident
+    per_group = max(1, slots // (groups * tap_tiles))
+    # At least a few rows: the first ones of a part are read twice.
+    part_rows = max(divided(positions, per_group), min(positions, line_rows, max(2, live)))
+    if part_rows > line_rows:  # whole super-lines where that costs little
+        whole = up(part_rows, line_rows)
+        part_rows = whole if whole <= 1.1 * part_rows else part_rows
+    return Cut(
+        live=live,
+        rows=rows,
+        kept=kept,
+        width=across.size if narrow else 0,
+        column_tiles=column_tiles,
+        stage_bytes=stage_bytes,
+        shared_bytes=shared_bytes,
+        values=values,
+        slab=slab,
+        count=up(values * tile.chunks * tile.lanes, 4),
+        groups=groups,
+        tap_tiles=tap_tiles,
+        lines=lines,
+        super_lines=super_lines,
+        line_rows=line_rows,
+        positions=positions,
+        resident=resident,
+        parts=divided(positions, part_rows),
+        part_rows=part_rows,
+    )
+
+
+def lane_registers(problem: DepthwiseProblem, turned: bool, taps: tuple[int, int], columns: int, vector: int) -> int:
+    """32-bit registers of a lane for its sums, rows of g and the window of x."""
+    along, across = axes(problem, turned)
+    live = divided(taps[0], along.stride)
+    window = min((columns - 1) * across.stride + taps[1], across.size if across.out <= columns else 2**31)
+    values = taps[0] * taps[1] + problem.bias + live * columns + window
+    return values * vector * (2 if problem.dtype == "float64" else 1)
+
+
+def tap_sizes(taps: int, most: int) -> list[int]:
+    """Sizes of the tiles that a filter's axis is cut into, none of them with many taps that don't exist.
+
+    >>> tap_sizes(7, 8), tap_sizes(31, 11)
+    ([7], [8, 11])
+    """
+    if taps <= most:
+        return [taps]
+    found = {divided(taps, divided(taps, size)) for size in range(2, most + 1)}
+    return sorted(size for size in found if up(taps, size) <= 1.1 * taps + 1)[-2:] or [most]
+
+
+def lane_choices(problem: DepthwiseProblem, vector: int) -> list[int]:
+    """Lanes of a tile that leave few of a warp's without channels, the best one or two."""
+    words = divided(problem.out_channels, vector)
+
+    def used(lanes: int) -> float:
+        return words / up(words, lanes) * (lanes * (32 // lanes) / 32)
+
+    sizes = [lanes for lanes in (32, 16, 12, 8, 4) if lanes % problem.multiplier == 0]
+    # Full lines of 128 bytes are worth some lanes.
+    sizes.sort(key=lambda lanes: -used(lanes) * min(1.0, 0.8 + 0.2 * lanes * vector * problem.element_bytes / 128))
+    return sizes[: 1 if sizes and used(sizes[0]) == 1 and sizes[0] >= 16 else 2]
+
+
+def tiles(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
+    """Tiles in question; which of them are worth timing, the predicted time says."""
+    half = problem.element_bytes == 2
+    for turned in (False, True):
+        along, across = axes(problem, turned)
+        if along.out == 1 and (across.out > 1 or turned):
+            continue  # a march of one step
+        flat = across.size == across.out == across.filter == 1 and across.padding == 0
+        if turned and not flat and along.filter <= across.filter:
+            continue
+        width = divided(across.out, across.classes)
+        if flat:
+            columns_of = [1]
+        elif width <= 4:
+            columns_of = [width]
+        else:
+            fitting = [v for v in (4, 5, 6, 7, 8, 14) if v <= up(width, 4) and (v < 14 or width == 14)]
+            columns_of = sorted(fitting, key=lambda v: (up(width, v) / width > 1.15, -v))[:4]
+        shapes = [
+            (a, b)
+            for a in tap_sizes(along.filter, 31 if flat else 9)
+            + (tap_sizes(along.filter, 16) if flat else tap_sizes(along.filter, 3))
+            for b in ([across.filter] if width <= NARROW or across.filter <= 7 else []) + tap_sizes(across.filter, 9)
+        ]
+        for vector in (2, 1) if half and problem.multiplier == 1 else (1,):
+            for taps in dict.fromkeys(shapes):
+                for columns in columns_of:
+                    registers = lane_registers(problem, turned, taps, columns, vector)
+                    if registers > MOST_VALUES:
+                        continue
+                    for lanes in lane_choices(problem, vector):
+                        yield shaped(problem, device, turned, taps, columns, lanes, vector, registers, flat)
+
+
+def arranged(device: DeviceSpec, registers: int, chunks: int, chunk_bytes: int, lines: int) -> tuple[int, int, int]:
+    """Chunks of a block, warps of a chunk, and blocks of a multiprocessor: as many warps as their registers allow.
+
+    A block has registers for a multiple of four warps. Chunks of a 128-byte line belong together.
+    """
+    together = [k for k in range(1, 13) if chunks % k == 0 and chunk_bytes * k <= 512] or [1]
+    whole = [k for k in together if chunk_bytes * k >= 96] or [together[-1]]
+
+    def worth(choice: tuple[int, int, int]) -> tuple[int, int, int]:
+        k, abreast, blocks = choice
+        warps = k * abreast
+        fits = registers <= device.registers // (32 * up(warps, 4) * blocks) // 8 * 8 or warps * blocks <= 8
+        return (min(20, warps * blocks) if fits else 0, min(warps, 8) - warps % 4, -k)
+
+    return max(
+        (
+            (k, abreast, blocks)
+            for k in whole
+            for abreast in range(1, max(1, min(16 // k, lines)) + 1)
+            for blocks in range(1, 5)
+        ),
+        key=worth,
+    )
+
+
+def shaped(
+    problem: DepthwiseProblem,
+    device: DeviceSpec,
+    turned: bool,
+    taps: tuple[int, int],
+    columns: int,
+    lanes: int,
+    vector: int,
+    registers: int,
+    flat: bool,
+) -> Tile:
+    """A tile with as many warps as registers allow, and stages for what should be in flight."""
+    along, across = axes(problem, turned)
+    chunk_bytes, chunks = lanes * vector * problem.element_bytes, divided(problem.out_channels, lanes * vector)
+    lines = problem.batch * across.classes * divided(divided(across.out, across.classes), columns)
+    # What ptxas needs beside them (sm_90, NVRTC 13.0); a long window need not be whole at any time.
+    needed = registers + (44 if vector == 1 or (lanes < 32 and registers < 100) else 42 if registers < 100 else 32)
+    together, abreast, min_blocks = arranged(device, needed, chunks, chunk_bytes, divided(lines, 32 // lanes))
+    live = divided(taps[0], along.stride)
+    steps = 1
+    if flat and along.out > 1:
+        steps = max(2, live)
+        while steps * (1 + along.stride) * chunk_bytes * (32 // lanes) < 1536:
+            steps += live
+        steps = up(steps, live)
+    rows = along.stride if flat else min(along.stride, taps[0])
+    stage = chunk_bytes * (32 // lanes) * steps * (columns + rows * ((columns - 1) * across.stride + taps[1]))
+    room, warps = device.shared_bytes - 1024, together * abreast
+    while warps * 2 * stage > room and abreast > 1:
+        abreast = divided(abreast, 2)
+        warps = together * abreast
+    min_blocks = max(1, min(min_blocks, device.threads // (32 * warps)))
+    resident = warps * min_blocks
+    stages = next((k for k in (4, 3) if stage * k * resident <= 0.9 * room), 2)
+    return Tile(
+        turned,
+        taps,
+        columns,
+        lanes,
+        vector,
+        warps=warps,
+        chunks=together,
+        stages=stages,
+        stage_steps=steps,
+        min_blocks=min_blocks,
+    )
+
+
+def reached(axis: Axis) -> float:
+    """The share of pairs of outputs and taps that meet an input.
+
+    >>> reached(axes(DepthwiseProblem(1, 8, (7, 7), (13, 13), padding=((6, 6), (6, 6))), False)[0])
+    0.5384615384615384
+    """
+    step = axis.stride * axis.apart // axis.classes if axis.classes else axis.stride
+    sampled = range(0, axis.out, max(1, axis.out // 64))
+    inside = 0
+    for i in sampled:
+        first = i * step - axis.padding
+        lowest = max(0, -(first // axis.apart) if first < 0 else 0)
+        inside += max(0, min(axis.filter - 1, (axis.size - 1 - first) // axis.apart) - lowest + 1)
+    return inside / (len(sampled) * axis.filter)

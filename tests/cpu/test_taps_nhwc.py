@@ -1,0 +1,181 @@
+"""taps_nhwc under the emulator: every dtype, tile and edge of channels-last gradients of filters, and no spills."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from checks import check_filter_gradient
+from dwconv.compile import compile_plan
+from dwconv.device import H200, PRESETS
+from dwconv.emulator import build
+from dwconv.plan import Plan, Rejection
+from dwconv.problem import DepthwiseProblem
+from dwconv.variants.taps_nhwc import TapsNhwc
+from dwconv.variants.taps_tiles import Tile, axes
+from edge_plans import bits
+
+VARIANT = TapsNhwc()
+MOST = 2 if build.sanitizing() else 3  # tiles of a problem
+
+
+def problem(n, c, size, taps, stride=1, padding=0, dilation=1, dtype="float32", **more):
+    def pair(value):
+        return value if isinstance(value, tuple) else (value, value)
+
+    pads = tuple(pair(p) for p in pair(padding))
+    return DepthwiseProblem(
+        n,
+        c,
+        size,
+        pair(taps),
+        pair(stride),
+        pads,
+        pair(dilation),
+        dtype=dtype,
+        layout="channels_last",
+        direction="grad_weight",
+        **more,
+    )
+
+
+EDGES = [
+    problem(2, 72, (14, 19), 3, padding=1, dtype="float16"),
+    problem(3, 144, (7, 7), 3, padding=1, dtype="bfloat16", bias=True),
+    problem(9, 40, (4, 4), 3, padding=1),
+    problem(2, 33, (12, 9), 5, padding=2, dtype="float16"),  # odd channels: copies of two bytes
+    problem(1, 10, (9, 40), 5, padding=2, dtype="float64", bias=True),
+    problem(2, 24, (14, 14), 7, padding=3, dtype="bfloat16", bias=True),
+    problem(1, 12, (13, 31), (2, 7), padding=((1, 0), (0, 4)), bias=True),
+    # strides and dilations, with a common divisor and without
+    problem(1, 24, (17, 23), 3, stride=2, padding=1, dtype="float16"),
+    problem(1, 20, (16, 30), 5, stride=2, padding=2),
+    problem(1, 8, (19, 21), (2, 3), stride=(5, 4), padding=1),
+    problem(1, 16, (13, 29), 3, padding=6, dilation=6, dtype="float16"),
+    problem(1, 8, (25, 27), 3, stride=2, padding=4, dilation=(3, 4)),
+    problem(1, 8, (26, 33), 3, stride=(4, 3), padding=5, dilation=(6, 2), dtype="float64", bias=True),
+    # tiles of taps
+    problem(2, 16, (7, 7), 13, padding=6, dtype="float16"),
+    problem(1, 8, (14, 14), 27, padding=13),
+    problem(1, 8, (20, 33), 31, padding=15, dtype="bfloat16"),
+    problem(1, 8, (30, 16), (51, 5), padding=(25, 2)),
+    problem(1, 8, (15, 40), (5, 51), padding=(2, 25), bias=True),
+    problem(2, 12, (6, 30), (1, 11), padding=(0, 5), dtype="float16"),
+    problem(1, 8, (33, 1), (31, 1), padding=(15, 0)),
+    problem(2, 8, (9, 9), 1, stride=2),
+    # sequences
+    problem(3, 40, (1, 50), (1, 4), padding=(0, (3, 0)), dtype="float16", bias=True),
+    problem(2, 64, (1, 70), (1, 31), padding=(0, 15)),
+    problem(2, 16, (1, 41), (1, 9), stride=(1, 2), padding=(0, 9), dilation=(1, 3), dtype="bfloat16"),
+    problem(1, 12, (1, 100), (1, 96), padding=(0, (95, 0)), dtype="float16"),
+    # multipliers: neighbouring outputs read one input
+    problem(2, 16, (9, 8), 3, padding=1, multiplier=2, dtype="float16"),
+    problem(1, 5, (9, 8), 3, padding=1, multiplier=4, bias=True),
+    problem(1, 7, (6, 9), 3, multiplier=3),
+    # tensors that start between vectors, and views
+    problem(1, 16, (6, 9), 3, padding=1, aligned=4),
+    problem(1, 16, (6, 9), 3, padding=1, aligned=2, dtype="float16"),
+    problem(2, 8, (7, 8), 3, padding=1, x_strides=(9 * 9 * 24, 1, 9 * 24, 24), dtype="float16"),
+]
+
+
+def plans_of(given, most=MOST):
+    """Some of the plans of a problem, the best and the last one among them."""
+    plans = VARIANT.every_plan(given, H200)
+    assert plans, VARIANT.candidates(given, H200)
+    return plans[:: max(1, -(-(len(plans) - 1) // (most - 1)))] if most > 1 else plans[:1]
+
+
+TILES = [plan for given in EDGES for plan in plans_of(given)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Compiles the kernels of all tests at once, on every core."""
+    build.build_many(TILES + [without_repair(plan) for plan in TILES[::MOST]])
+
+
+def without_repair(plan):
+    """The plan without its second computation of sums that aren't finite."""
+    return replace(plan, constants=tuple((name, 0 if name == "REPAIR" else value) for name, value in plan.constants))
+
+
+def name(plan):
+    return f"{plan.problem}-{plan.tile}".replace(" ", "")
+
+
+@pytest.mark.parametrize("plan", TILES, ids=name)
+def test_tiles_in_any_order_of_threads(plan):
+    expected = bits(check_filter_gradient(plan))
+    assert torch.equal(bits(check_filter_gradient(plan, order_seed=3)), expected)
+
+
+@pytest.mark.parametrize("plan", TILES[::MOST], ids=name)
+def test_finite_inputs_need_no_second_computation(plan):
+    check_filter_gradient(without_repair(plan))
+
+
+@pytest.mark.parametrize("plan", TILES, ids=name)
+def test_infinities_beside_zeros_stay_where_they_belong(plan):
+    check_filter_gradient(plan, poison=True)
+
+
+def test_the_last_block_adds_many_parts_in_slices():
+    given = problem(2, 8, (61, 9), 3, padding=1)
+    plan = VARIANT.every_plan(given, H200)[0]
+    assert plan.grid[0] > 8
+    assert plan.arrivals == 1
+    assert plan.partial_bytes < 1 << 20
+    check_filter_gradient(plan)
+
+
+def test_a_problem_of_one_part_needs_no_memory_for_sums():
+    plan = VARIANT.every_plan(problem(1, 8, (3, 3), 3, padding=1), H200)[0]
+    assert (plan.grid, plan.partial_bytes, plan.arrivals) == ((1, 1, 1), 0, 0)
+    check_filter_gradient(plan)
+
+
+def test_lattices_of_strides_and_dilations():
+    along, across = axes(problem(1, 8, (99, 99), 3, stride=(4, 3), dilation=(6, 2)), False)
+    assert (along.classes, along.stride) == (3, 2)
+    assert (across.classes, across.stride) == (2, 3)
+
+
+def test_multipliers_that_divide_no_lanes_are_rejected():
+    found = list(VARIANT.candidates(problem(1, 2, (9, 9), 3, multiplier=5), H200))
+    assert all(isinstance(each, Rejection) for each in found)
+    assert "multiplier of 5" in found[0].reason
+    tile = Tile(False, (3, 3), 4, 16, 1)
+    assert isinstance(VARIANT.plan(problem(1, 2, (9, 9), 3, multiplier=5), H200, tile), Rejection)
+
+
+LAYERS = [
+    problem(128, 144, (56, 56), 3, padding=1, dtype="float16"),
+    problem(128, 96, (112, 112), 3, stride=2, padding=1),
+    problem(128, 240, (28, 28), 5, padding=2, dtype="bfloat16"),
+    problem(128, 384, (14, 14), 7, padding=3, bias=True),
+    problem(32, 128, (56, 56), 31, padding=15, dtype="float16"),
+    problem(8, 4096, (1, 2048), (1, 4), padding=(0, (3, 0)), dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("given", LAYERS, ids=str)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_kernels_do_not_spill(given, arch):
+    plan = VARIANT.every_plan(given, PRESETS[arch])[0]
+    assert isinstance(plan, Plan)
+    assert compile_plan(plan).resources.spill_bytes == 0
+    assert compile_plan(plan).resources.stack_bytes == 0
+
+
+@pytest.mark.parametrize("given", LAYERS, ids=str)
+def test_parts_keep_the_card_busy_in_little_memory(given):
+    for plan in VARIANT.every_plan(given, H200):
+        assert plan.partial_bytes <= 64 << 20
+        assert plan.grid[0] >= 100
+
+
+def test_few_tiles_to_time():
+    assert all(0 < len(VARIANT.every_plan(given, H200)) <= 16 for given in EDGES + LAYERS)
