@@ -9,8 +9,12 @@ from .matrix_nchw import MatrixNchw
 from .one_input_per_thread import OneInputPerThread
 from .one_per_thread import OnePerThread
 from .one_tap_per_block import OneTapPerBlock
+from .phases_nchw import PhasesNchw
+from .phases_nhwc import PhasesNhwc
 from .sparse_nhwc import SparseNhwc
 from .staged_nchw import StagedNchw
+from .taps_nchw import TapsNchw
+from .taps_nhwc import TapsNhwc
 from .tile16 import Tile16
 from .volume_ncdhw import VolumeNcdhw
 from .volume_ndhwc import VolumeNdhwc
@@ -29,6 +33,10 @@ REGISTRY: dict[str, Variant] = {
         SparseNhwc(),
         VolumeNcdhw(),
         VolumeNdhwc(),
+        PhasesNchw(),
+        PhasesNhwc(),
+        TapsNchw(),
+        TapsNhwc(),
         OneInputPerThread(),
         OneTapPerBlock(),
         OnePerThread(),
