@@ -47,7 +47,6 @@ __device__ __forceinline__ void copy_piece_or_zero(void* to, const void* from, b
     *static_cast<Bits*>(to) = exists ? __ldg(static_cast<const Bits*>(from)) : Bits();
 }
 
-<<<<<<< ours
 // The same, if `is_wanted` is not negative. Nothing branches.
 template <int Bytes, bool Cached>
 __device__ __forceinline__ void copy_wanted_or_zero(void* to, const void* from, bool exists, int is_wanted) {
@@ -70,7 +69,8 @@ __device__ __forceinline__ void copy_wanted_or_zero(void* to, const void* from, 
     }
 #endif
     if (is_wanted >= 0) copy_piece_or_zero<Bytes, Cached>(to, from, exists);
-=======
+}
+
 // A place in shared memory that copies go to, in a register: compilers would rather compute such addresses again for
 // each copy (a third of taps_nhwc's instructions beside the multiply-adds, sm_90, NVRTC 13.0).
 struct CopyPlace {
@@ -121,7 +121,6 @@ __device__ __forceinline__ void copy_piece_to(const CopyPlace& place, unsigned o
     using Bits = typename Word<Bytes>::Type;
     *reinterpret_cast<Bits*>(place.address + offset) = exists ? __ldg(static_cast<const Bits*>(from)) : Bits();
 #endif
->>>>>>> theirs
 }
 
 // Ends a group of this thread's copies.
