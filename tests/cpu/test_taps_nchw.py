@@ -15,8 +15,8 @@ from dwconv.device import H200, PRESETS
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem
 from dwconv.variants import REGISTRY
-from dwconv.variants.taps_geometry import Geometry, Tile, banked, geometry_of
-from dwconv.variants.taps_tiles import tiles_of, valid_share
+from dwconv.variants.taps_nchw_geometry import Geometry, Tile, banked, geometry_of
+from dwconv.variants.taps_nchw_tiles import tiles_of, valid_share
 from edge_plans import bits
 from problems import make_filter_gradient_inputs, make_filter_gradients
 

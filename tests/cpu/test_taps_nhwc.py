@@ -13,8 +13,8 @@ from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem
+from dwconv.variants.taps_nchw_tiles import Tile, axes
 from dwconv.variants.taps_nhwc import TapsNhwc
-from dwconv.variants.taps_tiles import Tile, axes
 from edge_plans import bits
 
 VARIANT = TapsNhwc()

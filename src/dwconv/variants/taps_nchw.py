@@ -10,8 +10,8 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
 from .strips import too_long
-from .taps_geometry import Geometry, Tile, geometry_of
-from .taps_tiles import taps_seconds, tiles_of, whole
+from .taps_nchw_geometry import Geometry, Tile, geometry_of
+from .taps_nchw_tiles import taps_seconds, tiles_of, whole
 
 
 class TapsNchw(Variant):

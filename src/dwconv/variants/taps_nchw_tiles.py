@@ -10,7 +10,7 @@ from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .strips import divided
-from .taps_geometry import Geometry, Tile, geometry_of, registers, window_height, window_width
+from .taps_nchw_geometry import Geometry, Tile, geometry_of, registers, window_height, window_width
 
 MOST_TAPS = 50  # whose sums a thread has in registers; half as many in float64
 MOST_PRODUCTS = 3200  # of a tile: its code is that long
