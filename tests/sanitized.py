@@ -22,7 +22,7 @@ from dwconv.plan import Plan
 from dwconv.problem import DepthwiseProblem
 from dwconv.variants import REGISTRY
 from emulated_kernels import run_kernel
-from problems import make_inputs, make_output
+from problems import make_filter_gradient_inputs, make_filter_gradients, make_inputs, make_output
 
 PROBLEM = DepthwiseProblem(1, 2, (6, 20), (3, 3))
 # A variant shows its mistakes on the first of these that it takes.
@@ -35,22 +35,42 @@ PROBLEMS = [
     DepthwiseProblem(1, 16, (6, 20), (3, 3), dtype="float16", layout="channels_last"),
     DepthwiseProblem(1, 2, (12, 40), (9, 9)),
     DepthwiseProblem(1, 8, (12, 20), (9, 9), layout="channels_last"),
+    DepthwiseProblem(1, 2, (13, 41), (3, 3), stride=(2, 2), direction="grad_input"),
+    DepthwiseProblem(1, 8, (13, 41), (3, 3), stride=(2, 2), layout="channels_last", direction="grad_input"),
+    DepthwiseProblem(1, 2, (6, 20), (3, 3), direction="grad_weight"),
+    DepthwiseProblem(1, 8, (6, 20), (3, 3), layout="channels_last", direction="grad_weight"),
 ]
 
 
 def taken(variant: str) -> tuple[DepthwiseProblem, DepthwiseProblem]:
-    """A problem that the variant takes, and the same one with a row (a plane) more."""
+    """A problem that the variant takes, and the same one with a row (a plane) of outputs more."""
     for problem in PROBLEMS:
-        taller = replace(problem, size=(problem.size[0] + 1, *problem.size[1:]))
+        taller = replace(problem, size=(problem.size[0] + problem.stride[0], *problem.size[1:]))
         if all(isinstance(candidates(each, H200, variant)[0], Plan) for each in (problem, taller)):
             return problem, taller
     raise AssertionError(f"{variant} takes none of PROBLEMS: add one that it takes")
 
 
-def launch_plan(plan: Plan, x: Tensor, weight: Tensor, y: Tensor) -> None:
-    """emulator.run without its checks of the tensors."""
-    arguments = launch.kernel_arguments(plan, x, weight, None, y, None, None, None)
+def launch_plan(plan: Plan, x: Tensor, other: Tensor, result: Tensor) -> None:
+    """emulator.run, or emulator.run_filter_gradient, without its checks of the tensors."""
+    if plan.problem.direction == "grad_weight":
+        partial = torch.empty(plan.partial_bytes, dtype=torch.uint8)
+        arrivals = torch.zeros(plan.arrivals, dtype=torch.int32)
+        arguments = launch.kernel_arguments(plan, x, other, result, None, partial, arrivals)
+    else:
+        arguments = launch.kernel_arguments(plan, x, other, None, result, None, None, None)
     launch.launch_kernel(build.library(plan), plan.grid, plan.block, plan.shared_bytes, arguments)
+
+
+def inputs_of(problem: DepthwiseProblem) -> tuple[Tensor, Tensor]:
+    """What is multiplied: x, or y's gradient, and the filters; or x and y's gradient."""
+    return make_filter_gradient_inputs(problem) if problem.direction == "grad_weight" else make_inputs(problem)[:2]
+
+
+def result_of(problem: DepthwiseProblem) -> Tensor:
+    if problem.direction == "grad_weight":
+        return make_filter_gradients(problem, margin=0)[0].y
+    return make_output(problem, margin=0).y
 
 
 def larger_input(variant: str) -> None:
@@ -58,15 +78,16 @@ def larger_input(variant: str) -> None:
     problem, taller = taken(variant)
     plan = choose(taller, H200, variant)
     x_strides = choose(problem, H200, variant).sizes[-5:]
-    x, weight, _ = make_inputs(problem)
-    launch_plan(replace(plan, sizes=(*plan.sizes[:-5], *x_strides)), x, weight, make_output(taller, margin=0).y)
+    x, other = inputs_of(problem)
+    launch_plan(replace(plan, sizes=(*plan.sizes[:-5], *x_strides)), x, other, result_of(taller))
 
 
 def smaller_output(variant: str) -> None:
-    """The real kernel, given room for one row less."""
-    problem, taller = taken(variant)
-    x, weight, _ = make_inputs(taller)
-    launch_plan(choose(taller, H200, variant), x, weight, make_output(problem, margin=0).y)
+    """The real kernel, given room for one row less; for gradients of filters, for half of the channels."""
+    problem, larger = taken(variant)
+    if problem.direction == "grad_weight":
+        larger = replace(problem, channels=2 * problem.channels)
+    launch_plan(choose(larger, H200, variant), *inputs_of(larger), result_of(problem))
 
 
 def right() -> None:

@@ -19,6 +19,7 @@ from dwconv.plan import Plan
 from dwconv.problem import DepthwiseProblem, Epilogue
 from dwconv.sources import kernel_source, without_includes
 from dwconv.variants import REGISTRY
+from problems import as_gradient
 
 
 def problem(size, filter, padding=0, channels=32, **others):
@@ -98,7 +99,11 @@ def test_default_plans_compile_without_spills(arch, variant):
     """All problems on the H200's architecture, and each on one of the others."""
     others = [name for name in PRESETS if name != H200.arch]
     some = slice(None) if arch == H200.arch else slice(others.index(arch), None, len(others))
-    best = (candidates(each, PRESETS[arch], variant)[0] for each in list(PROBLEMS.values())[some])
+    posed = list(PROBLEMS.values())
+    for direction in REGISTRY[variant].directions:
+        if direction != "forward":
+            posed = [as_gradient(each, direction) for each in posed]
+    best = (candidates(each, PRESETS[arch], variant)[0] for each in posed[some])
     plans = [plan for plan in best if isinstance(plan, Plan)]
     assert plans or arch != H200.arch, "an architecture may lack a variant's instructions"
     assert_sound(plans)

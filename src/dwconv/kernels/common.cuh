@@ -164,7 +164,6 @@ __host__ __device__ constexpr bool is_tap(int distance, int dilation, int taps) 
 // floor(a / b) for b > 0, also where a is negative
 __host__ __device__ constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
-
 // Where tap `number` of a filter stands in memory; numbers may count on through the filters behind it. Gradients of x
 // are sums with reversed filters.
 template <class C>

@@ -79,7 +79,8 @@ __device__ __forceinline__ void make_from_registers(const Tensors<typename C::El
 #pragma unroll
     for (int u = 0; u < C::kFilterH; ++u)
 #pragma unroll
-        for (int v = 0; v < C::kFilterW; ++v) filter[u][v] = static_cast<Sum>(load_one(w + tap_at<C>(u * C::kFilterW + v)));
+        for (int v = 0; v < C::kFilterW; ++v)
+            filter[u][v] = static_cast<Sum>(load_one(w + tap_at<C>(u * C::kFilterW + v)));
 
     const Sum bias = C::kHasBias ? static_cast<Sum>(load_one(tensors.b + place.channel)) : Sum(0);
     const auto values = channel_values<C>(tensors, place.channel);

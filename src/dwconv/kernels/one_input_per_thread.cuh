@@ -50,12 +50,11 @@ __device__ __forceinline__ void one_input_per_thread(const Tensors<typename C::E
                     const long long row = multiplied<C::kStrideH, C::kPadTop, C::kDilationH>(i, u, sizes.in_h);
                     if (row < 0) continue;
                     for (int v = 0; v < C::kFilterW; ++v) {
-                        const long long column =
-                            multiplied<C::kStrideW, C::kPadLeft, C::kDilationW>(j, v, sizes.in_w);
+                        const long long column = multiplied<C::kStrideW, C::kPadLeft, C::kDilationW>(j, v, sizes.in_w);
                         if (column < 0) continue;
                         const long long at = plane * sizes.x_depth + row * sizes.x_row + column * sizes.x_column;
-                        sum += static_cast<Sum>(filter[(t * C::kFilterH + u) * C::kFilterW + v]) *
-                               static_cast<Sum>(g[at]);
+                        sum +=
+                            static_cast<Sum>(filter[(t * C::kFilterH + u) * C::kFilterW + v]) * static_cast<Sum>(g[at]);
                     }
                 }
             }

@@ -46,8 +46,8 @@ __device__ __forceinline__ void one_per_thread(const Tensors<typename C::Element
                     const long long column = j * C::kStrideW - C::kPadLeft + static_cast<long long>(v) * C::kDilationW;
                     if (column < 0 || column >= sizes.in_w) continue;
                     const long long at = plane * sizes.x_depth + row * sizes.x_row + column * sizes.x_column;
-                    sum +=
-                        static_cast<Sum>(filter[tap_at<C>((t * C::kFilterH + u) * C::kFilterW + v)]) * static_cast<Sum>(input[at]);
+                    sum += static_cast<Sum>(filter[tap_at<C>((t * C::kFilterH + u) * C::kFilterW + v)]) *
+                           static_cast<Sum>(input[at]);
                 }
             }
         }

@@ -1,7 +1,7 @@
 // one_tap_per_block.cuh: the gradients of filters and bias of every depthwise convolution, as the formula says it
 //   dw[c*M + j, u] = sum over images n and outputs p of g[n, c*M + j, p] * x[n, c, p*S - P + u*D]
 //   x [N,C,in]   g [N,C*M,out]   dw [C*M,KD,KH,KW]   db [C*M] or null     offsets in elements, 64-bit
-//   A block makes one sum: its threads take every kThreads-th product, and add up by a tree.
+//   A block makes one sum: its warps take rows of outputs in turn, lanes columns, and all add up by a tree.
 //   grid.x = C*M * (taps + 1 where db is wanted)
 //   least DRAM traffic: x + g, once each; here they are read once a tap, from L2 where they fit
 #pragma once
@@ -31,22 +31,33 @@ __device__ __forceinline__ void one_tap_per_block(const FilterGradients<typename
     const T* const x = tensors.x + channel / C::kMultiplier * sizes.x_channel;
     const T* const g = tensors.g + channel * channel_step;
     Sum sum = 0;
-    for (long long index = threadIdx.x; index < tiling.images * outputs; index += C::kThreads) {
-        const long long image = index / outputs, of_image = index - image * outputs;
-        const long long row_of_all = of_image / sizes.out_w, column = of_image - row_of_all * sizes.out_w;
-        const long long plane = row_of_all / sizes.out_h, row = row_of_all - plane * sizes.out_h;
-        const Sum factor =
-            static_cast<Sum>(load_one(g + image * outputs * sizes.out_channels + of_image * column_step));
-        if (is_bias) {
-            sum += factor;
-            continue;
-        }
+    // A warp takes every kWarps-th row of outputs, its lanes every 32nd column.
+    constexpr int kWarps = C::kThreads / 32;
+    long long image = 0, plane = 0, row = threadIdx.x / 32;
+    for (;; row += kWarps) {
+#pragma unroll 1
+        for (; row >= sizes.out_h; row -= sizes.out_h)
+            if (++plane == sizes.out_d) {
+                plane = 0;
+                ++image;
+            }
+        if (image >= tiling.images) break;
         const long long d = plane * C::kStrideD - C::kPadFront + static_cast<long long>(t) * C::kDilationD;
         const long long i = row * C::kStrideH - C::kPadTop + static_cast<long long>(u) * C::kDilationH;
-        const long long j = column * C::kStrideW - C::kPadLeft + static_cast<long long>(v) * C::kDilationW;
-        if (d < 0 || d >= sizes.in_d || i < 0 || i >= sizes.in_h || j < 0 || j >= sizes.in_w) continue;
-        sum += factor * static_cast<Sum>(load_one(x + image * sizes.x_image + d * sizes.x_depth + i * sizes.x_row +
-                                                  j * sizes.x_column));
+        const bool meets = d >= 0 && d < sizes.in_d && i >= 0 && i < sizes.in_h;
+        if (!is_bias && !meets) continue;
+        const T* const g_line =
+            g + image * outputs * sizes.out_channels + (plane * sizes.out_h + row) * sizes.out_w * column_step;
+        const T* const x_line = x + image * sizes.x_image + d * sizes.x_depth + i * sizes.x_row;
+#pragma unroll 1
+        for (long long column = threadIdx.x % 32; column < sizes.out_w; column += 32) {
+            const Sum factor = static_cast<Sum>(load_one(g_line + column * column_step));
+            const long long j = column * C::kStrideW - C::kPadLeft + static_cast<long long>(v) * C::kDilationW;
+            if (is_bias)
+                sum += factor;
+            else if (j >= 0 && j < sizes.in_w)
+                sum += factor * static_cast<Sum>(load_one(x_line + j * sizes.x_column));
+        }
     }
     Sum* const sums = shared_memory<Sum>();
     sums[threadIdx.x] = sum;
@@ -78,7 +89,8 @@ struct Config : ProblemConfig {
 
 using Tiling = dwconv::OneTapPerBlockTiling;
 
-extern "C" __global__ void __launch_bounds__(Config::kThreads) dwconv_kernel(
-    const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes, const Tiling tiling) {
+extern "C" __global__ void __launch_bounds__(Config::kThreads)
+    dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
+                  const Tiling tiling) {
     dwconv::one_tap_per_block<Config>(tensors, sizes, tiling);
 }

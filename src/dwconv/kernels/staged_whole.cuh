@@ -156,7 +156,8 @@ __device__ __forceinline__ void staged_whole(const Tensors<typename C::Element>&
 #pragma unroll
             for (int v = 0; v < C::kFilterW; ++v)
 #pragma unroll
-                for (int u = 0; u < C::kFilterH; ++u) taps[u][v] = static_cast<Sum>(filter[v * step + u * (kForwards * C::kFilterW)]);
+                for (int u = 0; u < C::kFilterH; ++u)
+                    taps[u][v] = static_cast<Sum>(filter[v * step + u * (kForwards * C::kFilterW)]);
         }
         Sum sums[kLive][C::kColumns];
 #pragma unroll

@@ -21,7 +21,8 @@ struct VolumeBand {
                   "kMatrix: a filter row is 16 columns");
 };
 
-// A lane's part of the band of a filter row, whose first tap is number `first`: taps k - n - s for k = 2t, 2t + 1 and 2t + 8, 2t + 9 of column n.
+// A lane's part of the band of a filter row, whose first tap is number `first`: taps k - n - s for k = 2t, 2t + 1 and
+// 2t + 8, 2t + 9 of column n.
 template <class C>
 __device__ __forceinline__ uint2 volume_band(const typename C::Element* filter, int first, unsigned lane) {
     unsigned words[2] = {0, 0};
@@ -30,7 +31,8 @@ __device__ __forceinline__ uint2 volume_band(const typename C::Element* filter, 
     for (int i = 0; i < 4; ++i) {
         const int distance = static_cast<int>(lane % 4) * 2 + i / 2 * 8 + i % 2 - n - VolumeBand<C>::kShift;
         if (is_tap(distance, C::kDilationW, C::kFilterW))
-            words[i / 2] |= static_cast<unsigned>(load_one(filter + tap_at<C>(first + distance / C::kDilationW)).bits) << (i % 2 * 16);
+            words[i / 2] |= static_cast<unsigned>(load_one(filter + tap_at<C>(first + distance / C::kDilationW)).bits)
+                            << (i % 2 * 16);
     }
     return make_uint2(words[0], words[1]);
 }

@@ -37,7 +37,8 @@ __device__ __forceinline__ void share_pairs(const Tensors<typename C::Element>& 
         const long long channel = first_channel + 2 * pair + f;
         unsigned word = 0;
         if (v < C::kFilterW && channel < sizes.out_channels)
-            word = load_one(tensors.w + channel * Volume<C>::kTaps + tap_at<C>((t * C::kFilterH + u) * C::kFilterW + v)).bits;
+            word = load_one(tensors.w + channel * Volume<C>::kTaps + tap_at<C>((t * C::kFilterH + u) * C::kFilterW + v))
+                       .bits;
         words[at] = word << 16 * f;
     }
 }

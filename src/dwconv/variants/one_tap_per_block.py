@@ -34,8 +34,7 @@ class OneTapPerBlock(Variant):
             sizes=problem_sizes(problem),
             tiling=(problem.batch,),
             tile="1 sum a block",
-            # three 64-bit divisions for each product
             predicted_seconds=tap_by_tap_seconds(
-                problem, device, math.prod(problem.y_shape), instructions_before=0, per_tap=150
+                problem, device, math.prod(problem.y_shape), instructions_before=0, per_tap=60
             ),
         )
