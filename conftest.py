@@ -17,8 +17,9 @@ _CACHE = pytest.StashKey[str]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    # Subprocesses inherit it: no test writes to the user's own cache.
-    config.stash[_CACHE] = os.environ["DWCONV_CACHE_DIR"] = tempfile.mkdtemp(prefix="dwconv-tests-")
+    # Subprocesses, and the workers of pytest-xdist, inherit it: no test writes to the user's own cache.
+    if not hasattr(config, "workerinput"):
+        config.stash[_CACHE] = os.environ["DWCONV_CACHE_DIR"] = tempfile.mkdtemp(prefix="dwconv-tests-")
     try:
         import hypothesis
     except ImportError:  # GPU machines may lack it; the tests that need it say so
@@ -30,7 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
+    if _CACHE in config.stash:
+        shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -52,9 +52,10 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_edge_tests_pass_under_the_sanitizers():
+@pytest.mark.parametrize("file", ["test_edges.py", "test_gradient_edges.py"])
+def test_edge_tests_pass_under_the_sanitizers(file):
     # -s: the sanitizers write their report and end the process, which would lose what pytest has captured
-    result = sanitized("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", str(TESTS / "cpu" / "test_edges.py"))
+    result = sanitized("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", str(TESTS / "cpu" / file))
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout

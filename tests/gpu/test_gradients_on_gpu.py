@@ -169,7 +169,9 @@ _GRADIENTS = """
 import hashlib, torch, dwconv
 torch.manual_seed(0)
 for shape, taps, windows in (
-    ((8, 24, 56, 56), 3, {"padding": 1}), ((8, 72, 28, 28), 5, {"padding": 2, "stride": 2}), ((64, 96, 7, 7), 7, {"padding": 3}),
+    ((8, 24, 56, 56), 3, {"padding": 1}),
+    ((8, 72, 28, 28), 5, {"padding": 2, "stride": 2}),
+    ((64, 96, 7, 7), 7, {"padding": 3}),
 ):
     for dtype in (torch.float16, torch.float32):
         for format in (torch.contiguous_format, torch.channels_last):
@@ -185,8 +187,7 @@ for shape, taps, windows in (
 def test_two_processes_find_the_same_bits():
     command = [sys.executable, "-c", _GRADIENTS]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    outputs = [
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout for _ in "ab"
-    ]
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    outputs = [run.stdout for run in runs]
     assert len(outputs[0].split()) == 36
     assert outputs[0] == outputs[1]
