@@ -141,8 +141,8 @@ def test_what_it_refuses():
 
 
 def test_banks_and_shares_of_products():
-    assert banked([7 * 4 * lane for lane in range(32)], 4) == 1  # odd steps
-    assert banked([16 * lane for lane in range(32)], 16) == 4
-    assert banked([32 * lane for lane in range(32)], 16) == 8
+    assert banked(tuple(7 * 4 * lane for lane in range(32)), 4) == 1  # odd steps
+    assert banked(tuple(16 * lane for lane in range(32)), 16) == 4
+    assert banked(tuple(32 * lane for lane in range(32)), 16) == 8
     assert valid_share(problem_of(1, 1, (7, 7), (7, 7), 3), 0) == pytest.approx(37 / 49)
     assert valid_share(problem_of(1, 1, (9, 9), (3, 3)), 1) == 1

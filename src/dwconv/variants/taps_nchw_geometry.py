@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
@@ -294,27 +295,28 @@ def _shared_bytes(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> 
     return max(2 * geometry.stage_elements * problem.element_bytes, up(scratch, 16))
 
 
-def banked(offsets: list[int], width: int) -> int:
+@lru_cache(maxsize=1 << 14)
+def banked(offsets: tuple[int, ...], width: int) -> int:
     """Clocks in which shared memory reads `width` bytes for each lane of a warp, from these offsets in bytes.
 
-    >>> banked([4 * lane for lane in range(32)], 4), banked([8 * lane for lane in range(32)], 4)
+    >>> banked(tuple(range(0, 128, 4)), 4), banked(tuple(range(0, 256, 8)), 4)
     (1, 2)
     """
     at_once = 32 * 4 // max(4, width)
     clocks = 0
     for first in range(0, len(offsets), at_once):
-        words = {(at + byte) // 4 for at in offsets[first : first + at_once] for byte in range(0, width, 4)}
-        of_bank = [0] * 32
-        for word in words:
-            of_bank[word % 32] += 1
-        clocks += max(of_bank)
+        words = {at // 4 for at in offsets[first : first + at_once]}
+        for more in range(4, width, 4):
+            words |= {(at + more) // 4 for at in offsets[first : first + at_once]}
+        banks = [word % 32 for word in words]
+        clocks += max(map(banks.count, set(banks)))
     return clocks
 
 
-def read_clocks(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[int, int]:
-    """Of shared memory, for one read of x and one of g of the first warp."""
+def lanes_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> list[tuple[int, int, int]]:
+    """Of the first warp: the image of each lane, and where in x and g it begins to read, in bytes."""
     size, x, g = problem.element_bytes, geometry.x, geometry.g
-    planes, of_x, of_g = geometry.channels * problem.multiplier, [], []
+    planes, found = geometry.channels * problem.multiplier, []
     for thread in range(min(32, geometry.used)):
         above, lane = divmod(thread, geometry.row_lanes * geometry.column_tiles)
         row, column = divmod(lane, geometry.column_tiles)
@@ -324,42 +326,40 @@ def read_clocks(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tu
         row, column = row * tile.rows, column * tile.columns
         in_row = row * problem.stride[0] + tap_row * tile.tap_rows * problem.dilation[0]
         in_column = column * problem.stride[1] + tap_column * tile.tap_columns * problem.dilation[1]
-        of_x.append(size * (image * x.image + plane // problem.multiplier * x.plane + in_row * x.row + in_column))
-        of_g.append(size * (image * g.image + plane * g.plane + row * g.row + column))
-    return banked(of_x, size * geometry.read_x), banked(of_g, size * geometry.read_g)
+        of_x = image * x.image + plane // problem.multiplier * x.plane + in_row * x.row + in_column
+        found.append((image, size * of_x, size * (image * g.image + plane * g.plane + row * g.row + column)))
+    return found
+
+
+def _best_spread(lanes: list[tuple[int, int]], width: int, spreads: bool) -> tuple[int, int]:
+    """Clocks of a read, and by how many pieces of 16 bytes images are moved apart for them."""
+    found = banked(tuple([at for _, at in lanes]), width), 0
+    # 4 bytes times 32 banks are eight pieces
+    for more in range(1, 8) if spreads else ():
+        if found[0] == max(1, width * len(lanes) // 128):
+            break
+        found = min(found, (banked(tuple([at + 16 * more * image for image, at in lanes]), width), more))
+    return found
 
 
 def _spread(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> Geometry:
     """With images as far apart as lets lanes read different banks."""
-    best = replace(geometry, read_clocks=read_clocks(problem, tile, geometry))
-    if geometry.images == 1 or geometry.used // geometry.images >= 32 or geometry.x.merged != geometry.g.merged:
-        return best
-    vector = 16 // problem.element_bytes
-    x_best, g_best = best.read_clocks
-    x_more = g_more = 0
-    for more in range(vector, 8 * vector, vector):
-        if x_best + g_best <= 2:
-            break
-        moved = replace(
-            geometry,
-            x=replace(geometry.x, image=geometry.x.image + more),
-            g=replace(geometry.g, image=geometry.g.image + more),
-        )
-        x_clocks, g_clocks = read_clocks(problem, tile, moved)
-        if x_clocks < x_best:
-            x_best, x_more = x_clocks, more
-        if g_clocks < g_best:
-            g_best, g_more = g_clocks, more
-    last = geometry.images - 1
-    x = replace(geometry.x, image=geometry.x.image + x_more, elements=geometry.x.elements + last * x_more)
-    g = replace(geometry.g, image=geometry.g.image + g_more, elements=geometry.g.elements + last * g_more)
+    size, lanes = problem.element_bytes, lanes_of(problem, tile, geometry)
+    spreads = geometry.images > 1 and geometry.used // geometry.images < 32 and geometry.x.merged == geometry.g.merged
+    of_x, of_g = [(image, at) for image, at, _ in lanes], [(image, at) for image, _, at in lanes]
+    x_clocks, x_more = _best_spread(of_x, size * geometry.read_x, spreads)
+    g_clocks, g_more = _best_spread(of_g, size * geometry.read_g, spreads)
+    if not x_more and not g_more:
+        return replace(geometry, read_clocks=(x_clocks, g_clocks))
+    last, x_more, g_more = geometry.images - 1, x_more * 16 // size, g_more * 16 // size
+    x, g = geometry.x, geometry.g
     found = replace(
-        best,
-        x=x,
-        g=g,
+        geometry,
+        x=replace(x, image=x.image + x_more, elements=x.elements + last * x_more),
+        g=replace(g, image=g.image + g_more, elements=g.elements + last * g_more),
         g_begin=geometry.g_begin + last * x_more,
         stage_elements=geometry.stage_elements + last * (x_more + g_more),
-        read_clocks=(x_best, g_best),
+        read_clocks=(x_clocks, g_clocks),
     )
     return replace(found, shared_bytes=_shared_bytes(problem, tile, found))
 

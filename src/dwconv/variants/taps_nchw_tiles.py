@@ -9,16 +9,28 @@ from dataclasses import replace
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
-from .strips import divided
-from .taps_nchw_geometry import Geometry, Tile, geometry_of, registers, window_height, window_width
+from .strips import divided, up
+from .taps_nchw_geometry import Geometry, Tile, geometry_of, read_widths, registers, window_height, window_width
 
 MOST_TAPS = 50  # whose sums a thread has in registers; half as many in float64
 MOST_PRODUCTS = 3200  # of a tile: its code is that long
 MOST_REGISTERS = 200
 MOST_TILES = 14
-MOST_SHAPES = 14  # for which geometries are made, and as many of tiles of SMALL_TILE outputs
+MOST_SHAPES = 8  # for which geometries are made, and as many of tiles of SMALL_TILE outputs
 SMALL_TILE = 42
-THREADS = (64, 96, 128, 160, 192, 256)
+LONG_CODE = 1600  # products: longer code seldom pays
+MOST_STEPS = 30000  # of the loops around a product: in longer ones the compiler leaves g in local memory
+THREADS = (64, 128, 192)
+MORE_THREADS = (96, 160, 256)  # for the shapes of the BETTER best
+BETTER = 6
+
+# Of the cost model, as fitted.
+ROW_WAIT = 27  # instructions that could have been issued while the reads of a row of x are on their way
+NEAR_CODE, MOST_CODE, CODE_SLOWS = 400, 4000, 0.12  # longer code is fetched from farther away
+STAGE_INSTRUCTIONS = 510  # places of lines, barriers
+READ_CLOCKS, COPY_CLOCKS = 0.35, 23.0  # of shared memory: a warp's reads; 512 bytes that arrive
+MOST_ISSUED, WARP_ISSUES = 4.0, 0.98  # instructions a clock: of a multiprocessor; of one warp alone
+STAGE_LATENCIES = 2.17  # of DRAM: what a stage takes at least
 
 
 def pieces(taps: int, most: int) -> Iterator[int]:
@@ -49,6 +61,17 @@ def tap_tiles(problem: DepthwiseProblem) -> list[tuple[int, int]]:
     return [(rows, columns) for _, rows, columns in sorted(found)[:3]]
 
 
+def rolled(problem: DepthwiseProblem, tile: Tile) -> bool:
+    """Whether the compiler may not unroll the loops over rows and columns of x and outputs: ten to forty times slower.
+
+    So it was for many of the tiles with that many steps and 7 to 13 columns, and for none with 14 or more.
+    """
+    read_x, _ = read_widths(problem, tile)
+    width = window_width(problem, tile) + -problem.padding[1][0] % read_x
+    steps = window_height(problem, tile) * up(width, read_x) * tile.rows * tile.columns
+    return steps > MOST_STEPS and tile.columns < 14
+
+
 def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
     """Tiles whose values fit in registers and whose code isn't too long: those that take the fewest instructions."""
     out_h, out_w = problem.out_size
@@ -62,12 +85,13 @@ def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
             for columns in range(min(4, out_w), min(16 if out_h > 1 else 32, out_w) + 1):
                 tile = Tile(rows, columns, tap_rows, tap_columns)
                 products = rows * columns * tap_rows * tap_columns
-                if products > MOST_PRODUCTS or registers(problem, tile) > MOST_REGISTERS:
+                if products > MOST_PRODUCTS or registers(problem, tile) > MOST_REGISTERS or rolled(problem, tile):
                     continue
                 # A product is an instruction, an element of x or g two or three: it is read, converted, masked.
                 elements = window_height(problem, tile) * window_width(problem, tile) + rows * columns
-                tiles = divided(out_h, rows) * divided(out_w, columns)
-                legal.append((covered / (tap_rows * tap_columns) * tiles * (products + 2.5 * elements + 80), tile))
+                instructions = products + 2 * elements + 80
+                tiles = divided(out_h, rows) * divided(out_w, columns) * covered / (tap_rows * tap_columns)
+                legal.append((tiles * instructions * (1 if products < LONG_CODE else 1.3), tile))
         found += legal or [(math.inf, Tile(1, min(4, out_w), tap_rows, tap_columns))]
     ordered = [tile for _, tile in sorted(found, key=lambda each: each[0])]
     small = [tile for tile in ordered if tile.rows * tile.columns <= SMALL_TILE]  # more blocks, for the same memory
@@ -92,68 +116,86 @@ def valid_share(problem: DepthwiseProblem, axis: int) -> float:
     return inside / (taps * out)
 
 
-def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[float, float]:
-    """Of one thread for one tile: instructions (multiply-adds, reads, conversions, masks), clocks of shared memory."""
+def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[float, float, float]:
+    """Of one thread for one tile: instructions (multiply-adds, reads, conversions, masks), clocks of shared memory, and
+    how many instructions its code has."""
     height, width = window_height(problem, tile), window_width(problem, tile)
     tapped = geometry.tap_tiles > 1
     # Rows of x outside of the image are left out, columns if all tiles lie alike.
-    share = tapped_share = valid_share(problem, 0) if tapped or whole(problem, tile, 0) else 1.0
+    whole_rows = whole(problem, tile, 0)
+    share = tapped_share = valid_share(problem, 0) if tapped or whole_rows else 1.0
     if whole(problem, tile, 1):
         share *= valid_share(problem, 1)
     outputs = tile.rows * tile.columns
     converted = height * width + outputs if problem.element_bytes == 2 else 0
     sides = width if tapped else 0 if whole(problem, tile, 1) else problem.padding[1][0] + geometry.reach[1]
-    masks = height * min(width, sides) + (0 if problem.out_size[1] % tile.columns == 0 else 2 * outputs)
+    masks = height * min(width, sides) + (0 if problem.out_size[1] % tile.columns == 0 else outputs)
     x_reads = height * divided(width + geometry.read_x - 1, geometry.read_x)
     g_reads = outputs / geometry.read_g
     products = outputs * tile.tap_rows * tile.tap_columns * (2 if problem.element_bytes == 8 else 1)
     clocks = x_reads * geometry.read_clocks[0] + g_reads * geometry.read_clocks[1]
-    others = x_reads + g_reads + converted + masks + 3 * height
-    return share * products + tapped_share * others + 80, tapped_share * clocks
+    others = x_reads + g_reads + converted + masks
+    code = (products if tapped else share * products) + others + 3 * height
+    return share * products + tapped_share * (others + ROW_WAIT * height) + 80, tapped_share * clocks, code
+
+
+def slowed(code: float) -> float:
+    """How much longer issue takes, for instructions that have to be fetched."""
+    return 1 + CODE_SLOWS * max(0.0, min(code, MOST_CODE) - NEAR_CODE) / NEAR_CODE
 
 
 def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry) -> float:
-    """Predicted time: DRAM, instruction issue and shared memory as a norm of 4, and what starting and ending takes."""
-    instructions, clocks = tile_counts(problem, tile, geometry)
+    """Predicted time: as many rounds of stages as the blocks of one multiprocessor take, each a norm of 4 of what its
+    blocks need, and what starting and adding up takes. Fitted to an H200 (2026-11)."""
+    instructions, clocks, code = tile_counts(problem, tile, geometry)
     tiles = divided(geometry.row_tiles, geometry.row_lanes)
+    warps = tile.threads / 32
+    # pieces of 16 bytes that a warp copies at once
     copied = (geometry.x.elements + geometry.g.elements) * problem.element_bytes / 16 / tile.threads
-    of_stage = tiles * instructions + 200 + 8 * copied
-    blocks, warps = geometry.groups * geometry.parts, tile.threads / 32
-    stages = geometry.units * geometry.groups * warps
-    rate = device.multiprocessors * device.clock
-    # As many warps as hide latency issue 3.2 instructions a clock.
-    ready = min(3.2, 0.36 * warps * geometry.blocks)
-    # The last blocks leave multiprocessors idle.
-    idle = (
-        divided(blocks, device.multiprocessors)
-        * device.multiprocessors
-        * geometry.part_units
-        / (geometry.groups * geometry.units)
-    )
-    idle = idle if blocks < 2 * device.multiprocessors * geometry.blocks else 1.0
-    issue = idle * stages * of_stage / (ready * rate)
-    sharing = idle * stages * (tiles * clocks + 2 * copied) / rate
-    sums = tile.tap_rows * tile.tap_columns + problem.bias
-    ending = (1500 + 40 * sums + (2000 + 12 * geometry.parts if geometry.parts > 1 else 0)) / device.clock
-    rounds = max(1.0, blocks / (device.multiprocessors * geometry.blocks))
+    work = warps * (tiles * instructions * slowed(code) + STAGE_INSTRUCTIONS + 2 * copied)
+    shared = warps * (READ_CLOCKS * tiles * clocks + COPY_CLOCKS * copied)
     in_rows = geometry.row_tiles * tile.rows * problem.stride[0]
     halo = ((problem.filter[0] - 1) * problem.dilation[0]) / in_rows if geometry.row_bands > 1 else 0.0
     x_bytes = problem.batch * problem.channels * math.prod(problem.size) * problem.element_bytes
-    in_flight = geometry.blocks * geometry.stage_elements * problem.element_bytes
-    dram = (problem.least_bytes + 0.3 * halo * x_bytes) / (device.dram_gbs * 1e9) * max(1.0, 32768 / in_flight)
-    start = LAUNCH_SECONDS + 1.5e-9 * device.latency_ns + ending * math.sqrt(rounds)
-    return start + math.sqrt(math.hypot(dram**2, issue**2, sharing**2))
+    stage_bytes = (problem.least_bytes + 0.2 * halo * x_bytes) / (geometry.units * geometry.groups)
+
+    def stage(resident: int) -> float:
+        """Seconds, if a multiprocessor has so many blocks."""
+        ready = MOST_ISSUED * (1 - math.exp(-WARP_ISSUES * resident * warps / MOST_ISSUED))
+        issue = resident * work / (ready * device.clock)
+        sharing = resident * shared / device.clock
+        dram = resident * stage_bytes * device.multiprocessors / (1.1e9 * device.dram_gbs)
+        latency = STAGE_LATENCIES * 1e-9 * device.latency_ns
+        return math.sqrt(math.hypot(issue**2, sharing**2, dram**2, latency**2))
+
+    blocks, wave = geometry.groups * geometry.parts, device.multiprocessors * geometry.blocks
+    full, rest = divmod(blocks, wave)
+    rounds = (full * stage(geometry.blocks) if full else 0.0) + (
+        stage(divided(rest, device.multiprocessors)) if rest else 0.0
+    )
+    sums = tile.tap_rows * tile.tap_columns + problem.bias
+    ending = 7300 + 255 * sums + (6350 + 12 * geometry.parts if geometry.parts > 1 else 0)
+    start = LAUNCH_SECONDS + 2.0e-6 + ending / device.clock * math.sqrt(max(1.0, blocks / wave))
+    return start + geometry.part_units * rounds
 
 
 def tiles_of(problem: DepthwiseProblem, device: DeviceSpec) -> list[tuple[Tile, Geometry]]:
     """Tiles that come into question with their geometries, best first: at most MOST_TILES, two of a shape."""
     found: list[tuple[float, Tile, Geometry]] = []
+
+    def add(shape: Tile, threads: int) -> None:
+        tile = replace(shape, threads=threads)
+        geometry = geometry_of(problem, device, tile)
+        if isinstance(geometry, Geometry):
+            found.append((taps_seconds(problem, device, tile, geometry), tile, geometry))
+
     for shape in shapes_of(problem):
         for threads in THREADS:
-            tile = replace(shape, threads=threads)
-            geometry = geometry_of(problem, device, tile)
-            if isinstance(geometry, Geometry):
-                found.append((taps_seconds(problem, device, tile, geometry), tile, geometry))
+            add(shape, threads)
+    found.sort(key=lambda each: each[0])
+    for shape in dict.fromkeys(replace(tile, threads=0) for _, tile, _ in found[:BETTER]):
+        for threads in MORE_THREADS:
+            add(shape, threads)
     chosen: list[tuple[Tile, Geometry]] = []
     for _, tile, geometry in sorted(found, key=lambda each: each[0]):
         same = [other for other, _ in chosen if (other.rows, other.columns) == (tile.rows, tile.columns)]
