@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from ..device import DeviceSpec
 from ..plan import problem_sizes
 from ..problem import DepthwiseProblem
-from ..roofline import LAUNCH_SECONDS
 from .strips import divided, up
 
 MAX_TAPS = 49  # taps of a filter that are unrolled
@@ -71,26 +70,17 @@ def out_of_reach(problem: DepthwiseProblem) -> str | None:
     return None
 
 
-def norm_seconds(
-    problem: DepthwiseProblem,
-    device: DeviceSpec,
-    written: float,
-    blocks: int,
-    threads: int,
-    registers: int,
-    shared_bytes: int,
-    *busy: float,
-) -> float:
-    """Predicted time: a norm of DRAM, L2, what else is busy, and rounds of blocks that wait for memory. Not fitted yet.
-
-    written: sectors that stores touch, over those that dx has.
-    """
-    outputs = math.prod(problem.x_shape) * problem.element_bytes
-    dram = device.dram_gbs * 1e9
-    l2 = (1.25 * (problem.least_bytes - outputs) + outputs * written) / (1.2 * dram)
+def rounds(device: DeviceSpec, blocks: int, threads: int, registers: int, shared_bytes: int) -> float:
+    """How many times a multiprocessor fills up with blocks."""
     resident = min(device.threads // threads, device.registers // (up(registers, 8) * threads))
     resident = max(1, min(resident, device.shared_bytes // (shared_bytes + 1024)))
-    rounds = blocks / (device.multiprocessors * resident)
-    waits = 1.5e-9 * device.latency_ns * rounds
-    times = (problem.least_bytes / dram, l2, waits, *busy)
-    return 2 * LAUNCH_SECONDS + math.pow(sum(time**4 for time in times), 1 / 4) + 0.5 * waits / max(1.0, rounds)
+    return blocks / (device.multiprocessors * resident)
+
+
+def norm(power: float, *times: float) -> float:
+    """Near the largest, and above it where others are nearly as large: what overlaps, but not completely.
+
+    >>> round(norm(5, 3.0, 4.0), 2)
+    4.17
+    """
+    return math.pow(sum(time**power for time in times), 1 / power)
