@@ -13,8 +13,8 @@ from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem
-from dwconv.variants.taps_nchw_tiles import Tile, axes
 from dwconv.variants.taps_nhwc import TapsNhwc
+from dwconv.variants.taps_nhwc_tiles import Tile, axes
 from edge_plans import bits
 
 VARIANT = TapsNhwc()
@@ -129,6 +129,17 @@ def test_the_last_block_adds_many_parts_in_slices():
     assert plan.arrivals == 1
     assert plan.partial_bytes < 1 << 20
     check_filter_gradient(plan)
+
+
+def test_blocks_that_gather_parts_leave_the_last_one_few():
+    tile = Tile(False, (5, 5), 4, 32, 1, warps=2)
+    plan = VARIANT.plan(problem(3, 64, (42, 5), 5, padding=2), H200, tile)
+    assert isinstance(plan, Plan)
+    parts, gathered = plan.tiling[2], plan.tiling[5]
+    assert 1 < gathered < parts
+    assert plan.arrivals == 2 * (-(-parts // gathered) + 1)
+    expected = bits(check_filter_gradient(plan))
+    assert torch.equal(bits(check_filter_gradient(plan, order_seed=3)), expected)
 
 
 def test_a_problem_of_one_part_needs_no_memory_for_sums():

@@ -53,11 +53,13 @@ __device__ __forceinline__ Vector<T, Width> load_written(const T* address) {
 // Adds up `count` sums of `parts` blocks, partial[parts][count], part after part, and passes each to store(index, sum).
 // Where there are more threads than vectors of 16 bytes, they share the parts: each slice of neighbouring parts is
 // summed by other threads, and then slice after slice. All Threads threads of the block must call it; `scratch` is
-// 16 * Threads bytes of shared memory that nobody uses. `partial` and `count` are whole vectors.
+// 16 * Threads bytes of shared memory that nobody uses. `partial` and `count` are whole vectors. `apart`: sums from one
+// part to the next one, `count` where it is 0. The sums may be stored to the first part.
 template <int Threads, class Sum, class Store>
 __device__ __forceinline__ void finish_filter_gradients(const Sum* partial, unsigned parts, unsigned count,
-                                                        Sum* scratch, const Store& store) {
+                                                        Sum* scratch, const Store& store, unsigned apart = 0) {
     constexpr int kWidth = 16 / sizeof(Sum), kAhead = 8;
+    const unsigned long long pitch = apart == 0 ? count : apart;
     const unsigned vectors = count / kWidth;
     const unsigned slices = vectors < Threads ? min(Threads / vectors, parts) : 1;
     const unsigned slice_parts = (parts + slices - 1) / slices;
@@ -67,19 +69,19 @@ __device__ __forceinline__ void finish_filter_gradients(const Sum* partial, unsi
     for (unsigned vector = threadIdx.x - slice * vectors; vector < vectors; vector += Threads) {
         Sum sums[kWidth] = {};
         if (slice < slices) {
-            const Sum* from = partial + static_cast<unsigned long long>(first_part) * count + vector * kWidth;
+            const Sum* from = partial + first_part * pitch + vector * kWidth;
 #pragma unroll 1
             for (unsigned part = first_part; part < end_part; part += kAhead) {
                 Vector<Sum, kWidth> found[kAhead];
 #pragma unroll
                 for (unsigned k = 0; k < kAhead; ++k)
-                    if (part + k < end_part) found[k] = load_written<kWidth>(from + k * count);
+                    if (part + k < end_part) found[k] = load_written<kWidth>(from + k * pitch);
 #pragma unroll
                 for (unsigned k = 0; k < kAhead; ++k)
                     if (part + k < end_part)
 #pragma unroll
                         for (int e = 0; e < kWidth; ++e) sums[e] += found[k].element[e];
-                from += kAhead * count;
+                from += kAhead * pitch;
             }
         }
 #pragma unroll

@@ -5,7 +5,8 @@
 //   A lane owns kVector neighbouring channels, and sums of kTapsA x kTapsB taps of each. kLanes lanes are a tile, which
 //   marches down kColumns neighbouring columns of outputs: the rows of g that are met again stay in registers, each row
 //   of x is read once. A warp has its own stages of rows in shared memory, kStages - 1 of them in flight: warps don't
-//   wait for each other. Then the block adds up its tiles, and the last block the blocks, in one order.
+//   wait for each other. Then the block adds up its tiles, and the last block the blocks, in one order; of many blocks,
+//   the last one of each few neighbours adds up those before.
 //   grid.x = tiles of taps * groups of kChunks chunks of channels * parts of all output rows, in this order
 //   shared memory: stages [kWarps][kStages] (W::kStage); then sums [kSlab][threads]
 //   least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for more tiles of taps
@@ -106,9 +107,23 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     if (tiling.parts == 1) return;
     Sum* const scratch = shared_memory<Sum>();
     int* const flag = reinterpret_cast<int*>(shared_memory<unsigned char>() + 16 * W::kThreads);
-    if (arrives_last(tensors.arrivals + of_grid, tiling.parts, flag))
-        finish_filter_gradients<W::kThreads>(partial, tiling.parts, static_cast<unsigned>(W::kCount), scratch,
-                                             [&](unsigned index, Sum sum) { store(static_cast<int>(index), sum); });
+    const unsigned gathered = tiling.gathered, gatherers = (tiling.parts + gathered - 1) / gathered;
+    unsigned* const arrivals = tensors.arrivals + of_grid * (gatherers == 1 ? 1 : gatherers + 1);
+    const auto store_all = [&](unsigned index, Sum sum) { store(static_cast<int>(index), sum); };
+    constexpr unsigned kCount = W::kCount;
+    if (gatherers == 1) {
+        if (arrives_last(arrivals, tiling.parts, flag))
+            finish_filter_gradients<W::kThreads>(partial, tiling.parts, kCount, scratch, store_all);
+        return;
+    }
+    const unsigned gatherer = place.part / gathered, first = gatherer * gathered;
+    const unsigned of_gatherer = min(gathered, tiling.parts - first);
+    if (!arrives_last(arrivals + gatherer, of_gatherer, flag)) return;
+    Sum* const found = partial + static_cast<unsigned long long>(first) * kCount;
+    finish_filter_gradients<W::kThreads>(found, of_gatherer, kCount, scratch,
+                                         [&](unsigned index, Sum sum) { found[index] = sum; });
+    if (arrives_last(arrivals + gatherers, gatherers, flag))
+        finish_filter_gradients<W::kThreads>(partial, gatherers, kCount, scratch, store_all, gathered * kCount);
 }
 
 }  // namespace dwconv

@@ -18,6 +18,7 @@ namespace dwconv {
 struct TapsNhwcTiling {
     unsigned images, lines;
     unsigned parts, part_rows, positions;
+    unsigned gathered;  // parts that one block adds up, before the last block adds up what such blocks have found
     FastDivisor tap_tiles, chunk_groups;
     FastDivisor rows;          // of a super-line
     FastDivisor super_lines;   // of one class of rows

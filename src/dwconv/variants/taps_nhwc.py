@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
-from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant
 from .strips import divided, too_long
-from .taps_nhwc_tiles import Cut, Tile, axes, cut, piece_bytes, reached, sum_bytes, tiles
+from .taps_nhwc_cost import gathered, seconds
+from .taps_nhwc_tiles import Tile, cut, piece_bytes, sum_bytes, tiles
 
-MOST_TILES = 12  # that are worth timing, by predicted time
+MOST_TILES = 14  # that are worth timing, by predicted time
+MOST_SHAPES = 6  # that are offered with fewer stages, too
 
 
 class TapsNhwc(Variant):
@@ -27,23 +27,31 @@ class TapsNhwc(Variant):
     )
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        found: list[Plan] = []
-        of_plan: dict[str, Tile] = {}
-        rejected: list[Rejection] = []
+        timed: dict[Tile, float] = {}
+        illegal: list[Tile] = []
+
+        def consider(tile: Tile) -> None:
+            one = cut(problem, device, tile) if piece_bytes(problem, tile) else None
+            if one is None:
+                illegal.append(tile)
+            elif tile not in timed:
+                timed[tile] = seconds(problem, device, tile, one)
+
         for tile in dict.fromkeys(tiles(problem, device)):
-            plan = self.plan(problem, device, tile)
-            if isinstance(plan, Plan):
-                of_plan[plan.tile] = tile
-            found += [plan] if isinstance(plan, Plan) else []
-            rejected += [plan] if isinstance(plan, Rejection) else []
-        found.sort(key=lambda plan: plan.predicted_seconds)
-        yield from found[:MOST_TILES]
-        yield from rejected
-        for best in {plan.kernel_id: plan for plan in found[:2]}.values():  # past L1, after the others
-            past = self.plan(problem, device, replace(of_plan[best.tile], cached=False))
-            if isinstance(past, Plan):
-                yield replace(past, predicted_seconds=1.02 * past.predicted_seconds)
-        if not found and not rejected:
+            consider(tile)
+        for tile in sorted(timed, key=timed.__getitem__)[:MOST_SHAPES]:
+            for stages in range(2, tile.stages):
+                consider(replace(tile, stages=stages))
+        for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
+            if min(piece_bytes(problem, tile) or (0,)) == 16:
+                consider(replace(tile, cached=False))
+        found = [self.plan(problem, device, tile) for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]]
+        yield from found
+        for tile in illegal:
+            rejected = self.plan(problem, device, tile)
+            if isinstance(rejected, Rejection):
+                yield rejected
+        if not found and not illegal:
             reason = f"no tile fits in registers and divides the lanes by a multiplier of {problem.multiplier}"
             yield Rejection(self.stem, "", reason)
 
@@ -71,6 +79,9 @@ class TapsNhwc(Variant):
         blocks = one.groups * one.tap_tiles * one.parts
         if blocks > GRID_X_LIMIT or max(one.positions, one.lines, blocks) + one.part_rows >= 2**31:
             return rejected("there are too many rows to number them in 31 bits")
+        of_gatherer, _ = gathered(problem, tile, one)
+        gatherers = divided(one.parts, of_gatherer)
+        counters = 1 if gatherers == 1 else gatherers + 1
         constants = problem_constants(problem) | {
             "TURNED": int(tile.turned),
             "TAPS_A": tile.taps[0],
@@ -105,6 +116,7 @@ class TapsNhwc(Variant):
                 one.parts,
                 one.part_rows,
                 one.positions,
+                of_gatherer,
                 *(
                     field
                     for divisor in (one.tap_tiles, one.groups, one.line_rows, one.super_lines, one.column_tiles)
@@ -114,48 +126,5 @@ class TapsNhwc(Variant):
             tile=f"{tile}, {one.parts} parts of {one.part_rows} rows",
             predicted_seconds=seconds(problem, device, tile, one),
             partial_bytes=blocks * one.count * sum_bytes(problem) if one.parts > 1 else 0,
-            arrivals=one.groups * one.tap_tiles if one.parts > 1 else 0,
+            arrivals=one.groups * one.tap_tiles * counters if one.parts > 1 else 0,
         )
-
-
-def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
-    """Predicted time: instructions, DRAM and L2 beside each other, then the last block's additions."""
-    along, across = axes(problem, tile.turned)
-    half = problem.element_bytes == 2
-    read = 1 + (tile.vector if half else 0)
-    products = tile.columns * tile.taps[1]
-    if one.width:
-        columns = range(across.padding, across.padding + one.kept)
-        products = sum(0 <= c - t * across.stride < tile.taps[1] for c in columns for t in range(tile.columns))
-    pieces = piece_bytes(problem, tile) or (4, 4)
-    word = tile.vector * problem.element_bytes
-    flat = tile.stage_steps > 1
-    g_columns, x_columns = (tile.stage_steps, tile.stage_steps * one.rows) if flat else (tile.columns, one.kept)
-    copies = divided(g_columns, pieces[0] // word)
-    copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * (1 if flat else one.rows)
-    double = 2 if problem.dtype == "float64" else 1
-    met = min(1.0, along.size / (along.out * along.stride))  # rows of x that exist
-    fma = products * tile.taps[0] * tile.vector * met
-    if one.tap_tiles > 1 or along.filter > along.out:
-        fma *= reached(along) if along.filter == tile.taps[0] else min(1.0, 1.1 * reached(along))
-    step = fma * double + read * (tile.columns + one.rows * one.kept) + problem.bias * tile.columns * tile.vector
-    # Beside these (SASS of sm_90, NVRTC 13.0): 50 of a stage and 7 for each copy of it; 8 for a row of taps.
-    step += (50 + 7 * copies) / tile.stage_steps + (0 if flat else 8 * one.live)
-    segments = max(1.0, one.part_rows / one.line_rows)
-    steps = one.part_rows + segments * (one.live - 1) * (1.0 if tile.stage_steps > 1 else 0.4)
-    block = steps * step + segments * 150 + 800 + 8 * one.values
-    resident = one.resident
-    grid = one.groups * one.tap_tiles * one.parts
-    full, rest = divmod(divided(grid, device.multiprocessors), resident)
-    warps = full * max(tile.warps * resident, 4) + (max(tile.warps * rest, 4) if rest else 0)
-    issue = block * (warps + 2.5 * (full + bool(rest))) / (4 * 0.85) / device.clock
-
-    elements = math.prod(problem.y_shape) * (1.0 + one.rows * one.kept / tile.columns / problem.multiplier)
-    l2 = elements * problem.element_bytes * one.tap_tiles / (24.0 * device.multiprocessors * device.clock)
-    dram = problem.least_bytes / (device.dram_gbs * 1e9)
-    chunk_bytes = tile.lanes * word
-    dram *= 1.0 + 0.08 * max(0.0, math.log2(128 / min(128, chunk_bytes)))
-    flying = min(one.resident, divided(grid, device.multiprocessors)) * tile.warps * (tile.stages - 1) * one.stage_bytes
-    dram *= max(1.0, device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
-    last = 1.5e-6 + one.parts * one.count * 4 / 4e11 if one.parts > 1 else 0.0
-    return LAUNCH_SECONDS + 1.5e-6 + float((dram**3 + issue**3 + l2**3) ** (1 / 3)) + last

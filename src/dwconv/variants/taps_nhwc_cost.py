@@ -1,0 +1,117 @@
+"""What the tiles of taps_nhwc cost: predicted times, and how the last blocks share their additions."""
+
+from __future__ import annotations
+
+import math
+
+from ..device import DeviceSpec
+from ..problem import DepthwiseProblem
+from ..roofline import LAUNCH_SECONDS
+from .strips import divided
+from .taps_nhwc_tiles import Cut, Tile, axes, piece_bytes, reached, sum_bytes
+
+# Constants of the model: fitted to 961 tiles of 92 problems (H200, 2026-11).
+READ, COPY, TAP_ROW, SEGMENT = 1.8, 8.0, 10.0, 400.0  # instructions of a warp
+IDLE_WARPS = 4.2  # issue slots are used as warps / (warps + IDLE_WARPS)
+LOAD_CLOCKS = 2.2  # of a multiprocessor's shared memory, for a warp's load
+L2_BYTES = 40.0  # of a clock, to a multiprocessor
+NARROW = 0.08  # more DRAM time for each halving of a warp's pieces of 128 bytes
+LATE = 1.6  # latencies of DRAM that bytes in flight must last for
+THRASH, LINES_KEPT = 0.2, 1.0  # more DRAM time for each doubling of the lines in flight beyond this share of L1
+PAST_NARROW, PAST_START = 0.14, 2.4e-6  # of copies past L1, for each halving; and once
+TILES_AGAIN, AGAIN = 4, 0.03  # more tiles of taps than these read so much that L1 costs this share of time
+FEWER_STAGES = 0.015  # more time for each stage less than four: warps wait for one another's copies more
+START, PARTS = 2.3e-6, 3.2e-6  # beside the launch; to leave parts, and find the last block
+ROUND = 0.57e-6  # of loads of parts
+AHEAD = 8  # parts whose loads are in flight: kAhead of finish_filter_gradients
+L1_SIZES = (8, 16, 32, 64, 100, 132, 164, 196, 228)  # KiB of shared memory that may be split off 256 KiB
+
+
+def rounds(problem: DepthwiseProblem, tile: Tile, one: Cut, parts: int) -> int:
+    """How often a block that adds up `parts` waits for loads."""
+    vectors, threads = one.count * sum_bytes(problem) // 16, 32 * tile.warps
+    slices = min(threads // vectors, parts) if vectors < threads else 1
+    return divided(divided(parts, slices), AHEAD) * divided(vectors, threads)
+
+
+def gathered(problem: DepthwiseProblem, tile: Tile, one: Cut) -> tuple[int, int]:
+    """Parts that a block adds up before the last one adds up what such blocks found, and rounds of both.
+
+    >>> from dwconv.device import H200
+    >>> from dwconv.variants.taps_nhwc_tiles import cut
+    >>> problem = DepthwiseProblem(128, 72, (56, 56), (5, 5), direction="grad_weight", layout="channels_last")
+    >>> tile = Tile(False, (5, 5), 7, 32, 1, warps=9, chunks=3)
+    >>> one = cut(problem, H200, tile)
+    >>> one.parts, rounds(problem, tile, one, one.parts), gathered(problem, tile, one)
+    (132, 51, (8, 15))
+    """
+    at_once = rounds(problem, tile, one, one.parts)
+    if at_once <= 6:
+        return one.parts, at_once
+    vectors = one.count * sum_bytes(problem) // 16
+    slices = max(1, 32 * tile.warps // vectors)
+    sizes = [size for k in (1, 2, 3, 4) if 1 < (size := AHEAD * slices * k) < one.parts]
+
+    def both(size: int) -> int:
+        twice = rounds(problem, tile, one, size) + rounds(problem, tile, one, divided(one.parts, size))
+        return twice + 3  # to find the last block once more
+
+    best = min(sizes, key=both, default=one.parts)
+    return (best, both(best)) if best < one.parts and both(best) < at_once else (one.parts, at_once)
+
+
+def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
+    """Predicted time: instructions, shared memory, L2 and DRAM beside each other, then the last blocks' additions."""
+    along, across = axes(problem, tile.turned)
+    read = 1 + (tile.vector if problem.element_bytes == 2 else 0)
+    products = tile.columns * tile.taps[1]
+    if one.width:
+        columns = range(across.padding, across.padding + one.kept)
+        products = sum(0 <= c - t * across.stride < tile.taps[1] for c in columns for t in range(tile.columns))
+    pieces = piece_bytes(problem, tile) or (4, 4)
+    word = tile.vector * problem.element_bytes
+    flat = tile.stage_steps > 1
+    g_columns, x_columns = (tile.stage_steps, tile.stage_steps * one.rows) if flat else (tile.columns, one.kept)
+    copies = divided(g_columns, pieces[0] // word)
+    copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * (1 if flat else one.rows)
+    fma = products * tile.taps[0] * tile.vector * min(1.0, along.size / (along.out * along.stride))
+    if one.tap_tiles > 1 or along.filter > along.out:
+        fma *= reached(along) if along.filter == tile.taps[0] else min(1.0, 1.1 * reached(along))
+    loads = tile.columns + one.rows * one.kept
+    step = fma * (2 if problem.dtype == "float64" else 1) + READ * read * loads
+    step += COPY * copies / tile.stage_steps + (0 if flat else TAP_ROW * one.live)
+    step += problem.bias * tile.columns * tile.vector
+    segments = max(1.0, one.part_rows / one.line_rows)
+    steps = one.part_rows + segments * (one.live - 1) * (1.0 if flat else 0.4)
+    block = steps * step + segments * SEGMENT + 8 * one.values
+    of_multiprocessor = divided(one.groups * one.tap_tiles * one.parts, device.multiprocessors)
+    full, rest = divmod(of_multiprocessor, one.resident)
+    warps = of_multiprocessor * tile.warps
+    issue = block * (warps + IDLE_WARPS * (full + bool(rest))) / 4 / device.clock
+    shared = steps * loads * LOAD_CLOCKS * warps / device.clock
+
+    elements = math.prod(problem.y_shape) * (1.0 + one.rows * one.kept / tile.columns / problem.multiplier)
+    l2 = elements * problem.element_bytes * one.tap_tiles / (L2_BYTES * device.multiprocessors * device.clock)
+    chunk = tile.lanes * word
+    together = chunk if chunk < problem.out_channels * problem.element_bytes else chunk * tile.columns
+    dram = problem.least_bytes / (device.dram_gbs * 1e9) * (1.0 + NARROW * math.log2(128 / min(128, together)))
+    through_l1 = tile.cached or min(pieces) < 16
+    flying = min(one.resident, of_multiprocessor) * tile.warps * (tile.stages - 1) * one.stage_bytes
+    if through_l1:  # which has a line of 128 bytes for each piece in flight
+        lines = max(1, flying) * 128 // min(128, together)
+        dram *= 1.0 + THRASH * max(0.0, math.log2(lines / (LINES_KEPT * l1_bytes(device, one))))
+    else:
+        dram *= 1.0 + PAST_NARROW * math.log2(128 / min(128, chunk))
+    dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
+    body = float((dram**3 + issue**3 + shared**3 + l2**3) ** (1 / 3))
+    body *= 1.0 + (AGAIN if through_l1 and one.tap_tiles > TILES_AGAIN else 0.0)
+    body *= 1.0 + FEWER_STAGES * max(0, 4 - tile.stages)
+    last = PARTS + ROUND * gathered(problem, tile, one)[1] if one.parts > 1 else 0.0
+    return LAUNCH_SECONDS + START + (0.0 if through_l1 else PAST_START) + body + last
+
+
+def l1_bytes(device: DeviceSpec, one: Cut) -> int:
+    """What L1 has beside the resident blocks' shared memory, of which there are a few sizes."""
+    taken = one.resident * (one.shared_bytes + 1024)
+    largest = device.shared_bytes + 28 * 1024
+    return largest - min((k * 1024 for k in L1_SIZES if taken <= k * 1024 <= device.shared_bytes), default=taken)
