@@ -15,7 +15,8 @@ from dwconv.device import H200, PRESETS
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem
 from dwconv.variants import REGISTRY
-from dwconv.variants.taps_nchw_geometry import Geometry, Tile, banked, geometry_of
+from dwconv.variants.banks import banked
+from dwconv.variants.taps_nchw_geometry import Geometry, Tile, geometry_of
 from dwconv.variants.taps_nchw_tiles import tiles_of, valid_share
 from edge_plans import bits
 from problems import make_filter_gradient_inputs, make_filter_gradients
@@ -50,6 +51,38 @@ WAYS = {
     ),
     "dilation": (problem_of(1, 3, (33, 33), (3, 3), 6, dilation=(6, 6)), Tile(7, 11, 3, 3, 64), "channels"),
     "float64": (problem_of(2, 2, (15, 16), (3, 3), 1, dtype="float64"), Tile(5, 4, 3, 3, 64), "channels"),
+    "volumes": (problem_of(2, 9, (5, 7, 7), (3, 3, 3), 1, bias=True), Tile(7, 7, 3, 3, 64), "channels"),
+    "volumes, depth strides": (
+        problem_of(3, 2, (9, 8, 12), (3, 3, 5), 2, stride=(2, 1, 2), dilation=(3, 1, 1), bias=True, dtype="float16"),
+        Tile(5, 4, 3, 5, 64),
+        "parts",
+    ),
+    "volumes, more padding than depth": (
+        problem_of(2, 3, (2, 9, 10), (2, 3, 3), ((4, 3), (1, 1), (1, 1)), multiplier=2, bias=True, dtype="bfloat16"),
+        Tile(4, 5, 3, 3, 64),
+        "channels",
+    ),
+    "volumes, no padding": (problem_of(2, 3, (6, 9, 40), (4, 3, 3), dtype="float64"), Tile(7, 4, 3, 3, 64), "parts"),
+    "volumes, tiles of taps": (
+        problem_of(1, 2, (4, 12, 12), (3, 9, 9), ((1, 1), (4, 4), (4, 4)), bias=True),
+        Tile(4, 6, 5, 5, 64),
+        "tap_tiles",
+    ),
+    "volumes, bands": (
+        problem_of(2, 1, (3, 9, 300), (2, 3, 3), ((1, 0), (1, 1), (1, 1)), bias=True),
+        Tile(4, 4, 3, 3, 64),
+        "column_bands",
+    ),
+    "volumes, one tap of the depth": (
+        problem_of(2, 9, (3, 8, 8), (1, 3, 3), ((0, 0), (1, 1), (1, 1)), stride=(2, 1, 1)),
+        Tile(4, 8, 3, 3, 64),
+        "channels",
+    ),
+    "volumes, a view": (
+        problem_of(2, 3, (4, 7, 9), (3, 3, 3), 1, bias=True, x_strides=(1400, 400, 70, 9, 1)),
+        Tile(7, 5, 3, 3, 64),
+        "channels",
+    ),
     "padding beyond the filter": (problem_of(2, 2, (5, 6), (3, 3), 5), Tile(4, 5, 3, 3, 64), "channels"),
 }
 
@@ -80,6 +113,21 @@ def test_padding_takes_no_part_where_g_is_not_finite(size, tile):
     assert found[0, 3:9].isinf().all()
     assert found[1, [2, 5, 6, 7, 8]].isfinite().all()
     assert found[1, [0, 1, 3, 4, 9]].isnan().all()
+    assert reference.describe_mismatch(found, *reference.filter_gradient(x, grad, problem)) is None
+
+
+def test_padding_in_depth_takes_no_part_where_g_is_not_finite():
+    problem = problem_of(2, 3, (3, 7, 8), (3, 3, 3), 1, bias=True)
+    x, grad = make_filter_gradient_inputs(problem, seed=1)
+    grad[0, 0, 0, 3, 3], grad[1, 1, -1, 2, 2] = math.inf, math.nan  # planes beside them are padding
+    weight, bias = make_filter_gradients(problem)
+    emulator.run_filter_gradient(plan_of(problem, Tile(7, 4, 3, 3, 64)), x, grad, weight.y, bias.y)
+    assert weight.y[0, 0, 0].isfinite().all()
+    assert weight.y[0, 0, 1:].isinf().all()
+    assert weight.y[1, 0, :2].isnan().all()
+    assert weight.y[1, 0, 2].isfinite().all()
+    assert bias.y.isfinite().tolist() == [False, False, True]
+    found = torch.cat([weight.y.view(3, -1), bias.y.view(3, 1)], 1)
     assert reference.describe_mismatch(found, *reference.filter_gradient(x, grad, problem)) is None
 
 
@@ -114,11 +162,12 @@ def test_shared_memory_is_congruent_to_memory():
     for problem, tile, _ in WAYS.values():
         geometry = geometry_of(problem, H200, tile)
         assert isinstance(geometry, Geometry)
-        vector, (out_h, out_w) = 16 // problem.element_bytes, problem.out_size
-        image, channel, row, _ = problem.plane_strides
+        vector, (*_, out_w), outputs = 16 // problem.element_bytes, problem.out_size, math.prod(problem.out_size)
+        image, channel, *_, row, _ = problem.plane_strides
+        assert problem.dims == 2 or geometry.images == 1  # volumes' planes are no equal steps apart
         for pitches, steps in (
             (geometry.x, (image, channel, row)),
-            (geometry.g, (problem.out_channels * out_h * out_w, out_h * out_w, out_w)),
+            (geometry.g, (problem.out_channels * outputs, outputs, out_w)),
         ):
             if geometry.images > 1:
                 assert (pitches.image - steps[0]) % vector == 0

@@ -22,18 +22,18 @@ MOST = 2 if build.sanitizing() else 3  # tiles of a problem
 
 
 def problem(n, c, size, taps, stride=1, padding=0, dilation=1, dtype="float32", **more):
-    def pair(value):
-        return value if isinstance(value, tuple) else (value, value)
+    def each(value):
+        return value if isinstance(value, tuple) else (value,) * len(size)
 
-    pads = tuple(pair(p) for p in pair(padding))
+    pads = tuple(pad if isinstance(pad, tuple) else (pad, pad) for pad in each(padding))
     return DepthwiseProblem(
         n,
         c,
         size,
-        pair(taps),
-        pair(stride),
+        each(taps),
+        each(stride),
         pads,
-        pair(dilation),
+        each(dilation),
         dtype=dtype,
         layout="channels_last",
         direction="grad_weight",
@@ -78,6 +78,16 @@ EDGES = [
     problem(1, 16, (6, 9), 3, padding=1, aligned=4),
     problem(1, 16, (6, 9), 3, padding=1, aligned=2, dtype="float16"),
     problem(2, 8, (7, 8), 3, padding=1, x_strides=(9 * 9 * 24, 1, 9 * 24, 24), dtype="float16"),
+    # volumes: padding, strides and dilations of the depth, with bias and without
+    problem(2, 40, (5, 7, 9), 3, padding=1, dtype="float16", bias=True),
+    problem(2, 32, (4, 6, 20), 3, padding=1),
+    problem(1, 24, (9, 8, 11), (3, 3, 5), stride=(2, 1, 2), padding=2, dilation=(3, 1, 1), dtype="bfloat16", bias=True),
+    problem(3, 16, (2, 5, 6), (2, 3, 3), padding=((4, 3), (1, 1), (1, 1)), bias=True),
+    problem(2, 32, (6, 9, 8), (4, 5, 5), padding=(0, 2, 2), dtype="float64"),
+    problem(1, 8, (4, 12, 12), (3, 13, 13), padding=(1, 6, 6), dtype="float16", bias=True),
+    problem(2, 8, (5, 9, 1), (3, 3, 1), padding=(1, 1, 0), bias=True),
+    problem(2, 8, (4, 6, 7), 3, padding=1, multiplier=2, stride=(2, 2, 1), bias=True),
+    problem(2, 8, (4, 5, 6), 3, padding=1, x_strides=(12000, 1, 1500, 160, 16), bias=True),
 ]
 
 
@@ -169,6 +179,8 @@ LAYERS = [
     problem(128, 384, (14, 14), 7, padding=3, bias=True),
     problem(32, 128, (56, 56), 31, padding=15, dtype="float16"),
     problem(8, 4096, (1, 2048), (1, 4), padding=(0, (3, 0)), dtype="bfloat16"),
+    problem(8, 54, (16, 56, 56), 3, padding=1, dtype="float16"),
+    problem(2, 64, (32, 64, 64), 5, padding=2, bias=True),
 ]
 
 

@@ -16,6 +16,28 @@ struct FilterGradients {
     unsigned* arrivals;  // zeros; zeros again after the launch
 };
 
+// Volumes: plane `number` of g, counted through all images, is plane `depth` of one of them; with a tap of the depth it
+// meets a plane of x, which may lie in the padding.
+struct MetPlanes {
+    unsigned image;
+    int depth, x_depth;
+    bool exists;
+
+    template <class C>
+    __device__ __forceinline__ static MetPlanes find(unsigned number, const FastDivisor& depths, const Sizes& sizes,
+                                                     int depth_tap) {
+        MetPlanes found;
+        found.image = depths.quotient(number);
+        found.depth = static_cast<int>(number - found.image * depths.divisor);
+        found.x_depth = found.depth * C::kStrideD - C::kPadFront + depth_tap * C::kDilationD;
+        found.exists = static_cast<unsigned>(found.x_depth) < static_cast<unsigned>(sizes.in_d);
+        return found;
+    }
+    __device__ __forceinline__ long long in_x(const Sizes& sizes) const {
+        return image * sizes.x_image + x_depth * sizes.x_depth;
+    }
+};
+
 // Whether this block is the last of `parts` that call this with the same counter; all threads must call it. What the
 // others wrote before is visible to the last one, and the counter is zero again.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned parts, int* shared) {

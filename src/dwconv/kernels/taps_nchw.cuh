@@ -1,13 +1,15 @@
 // taps_nchw.cuh: the gradients of filters and bias, channels first: tiles of g in registers, x and g by way of shared
 // memory
-//   dw[c*M + j, u, v] = sum over images n and outputs p, q of g[n, c*M + j, p, q] * x[n, c, p*SH - PT + u*DH, q*SW - PL
-//   + v*DW] db[c*M + j]       = sum over images n and outputs p, q of g[n, c*M + j, p, q]          float32 sums x
-//   [N,C,H,W], dense rows   g [N,C*M,OH,OW]   dw [C*M,KH,KW]   db [C*M] or null     offsets in elements, 64-bit A block
-//   sums one part of the images and bands of rows for a group of channels. In each stage it has planes, or bands of
-//   their rows, in shared memory while the next ones arrive; a thread has a tile of kRows x kColumns outputs of one
-//   plane and kTapRows x kTapColumns taps, whose sums stay in its registers until the end.
-//   grid.x = groups of channels * parts; the last block of a group adds up its parts
-//   least DRAM traffic: x + g, once each; rows between bands come from L2
+//   dw[c*M + j, t, u, v] = sum over images n and outputs d, p, q of
+//                          g[n, c*M + j, d, p, q] * x[n, c, d*SD - PF + t*DD, p*SH - PT + u*DH, q*SW - PL + v*DW]
+//   db[c*M + j]          = sum over images n and outputs d, p, q of g[n, c*M + j, d, p, q]          float32 sums
+//   x [N,C,D,H,W], dense rows  g [N,C*M,OD,OH,OW]   dw [C*M,KD,KH,KW]   db [C*M] or null   64-bit offsets in elements
+//   A block sums one part of the images and bands of rows for a group of channels. In each stage it has planes, or
+//   bands of their rows, in shared memory while the next ones arrive; a thread has a tile of kRows x kColumns outputs
+//   of one plane and kTapRows x kTapColumns taps, whose sums stay in its registers until the end.
+//   Planes of volumes count as images, anew for each tap t of the depth: each of g meets one of x, or none.
+//   grid.x = groups of channels * parts * KD; the last block of a group and t adds up its parts
+//   least DRAM traffic: x + g, once each; rows between bands come from L2, as x and g do for all but one of KD taps
 #pragma once
 #include "taps_nchw_stages.cuh"
 #include "taps_nchw_sums.cuh"
@@ -41,7 +43,7 @@ struct TapsNchwTotal {
     static constexpr int kTileTaps = C::kTapRows * C::kTapColumns, kSums = kTileTaps + (C::kHasBias ? 1 : 0);
     int plane, tap;  // no tap: -1
 
-    __device__ __forceinline__ TapsNchwTotal(const TapsNchwTiling& tiling, int output) {
+    __device__ __forceinline__ TapsNchwTotal(const TapsNchwTiling& tiling, int output, int depth_tap) {
         const int quantity = output / kSums, k = output - quantity * kSums;
         plane = static_cast<int>(tiling.tap_tiles.quotient(quantity));
         const int tap_tile = quantity - plane * static_cast<int>(tiling.tap_tiles.divisor);
@@ -50,7 +52,7 @@ struct TapsNchwTotal {
         const int u = tile_row * C::kTapRows + k / C::kTapColumns;
         const int v = tile_column * C::kTapColumns + k % C::kTapColumns;
         if (k == kTileTaps)
-            tap = tap_tile == 0 ? C::kFilterH * C::kFilterW : -1;
+            tap = tap_tile + depth_tap == 0 ? C::kFilterH * C::kFilterW : -1;
         else
             tap = u < C::kFilterH && v < C::kFilterW ? u * C::kFilterW + v : -1;
     }
@@ -101,7 +103,10 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     constexpr int kTaps = C::kFilterH * C::kFilterW, kTileTaps = C::kTapRows * C::kTapColumns;
     constexpr int kSums = kTileTaps + (C::kHasBias ? 1 : 0);
 
-    const unsigned group = tiling.parts.quotient(blockIdx.x), part = blockIdx.x - group * tiling.parts.divisor;
+    // Taps of the depth are neighbours in the grid: they read the same planes at about the same time.
+    const unsigned above = blockIdx.x / C::kFilterD;
+    const int depth_tap = static_cast<int>(blockIdx.x - above * C::kFilterD);
+    const unsigned group = tiling.parts.quotient(above), part = above - group * tiling.parts.divisor;
     const int all_channels = static_cast<int>(sizes.out_channels) / C::kMultiplier;
     const int channel = static_cast<int>(group * tiling.group_channels);
     const int channels = smaller(static_cast<int>(tiling.group_channels), all_channels - channel);
@@ -120,20 +125,22 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     // Two stages: one is read while the next one arrives.
     T* arriving = shared_memory<T>();
     T* read = arriving + tiling.stage_elements;
-    TapsNchwStage<C> next(sizes, tiling, first);
-    copy_stage<C>(tensors, sizes, tiling, channel, channels, next, arriving);
+    unsigned unit = next_unit<C>(first, last, sizes, tiling, depth_tap);
+    TapsNchwStage<C> next(sizes, tiling, unit);
+    if (!C::kVolume || unit < last) copy_stage<C>(tensors, sizes, tiling, channel, channels, depth_tap, next, arriving);
     end_of_copies();
 #pragma unroll 1
-    for (unsigned unit = first; unit < last; ++unit) {
+    while (unit < last) {
         wait_for_copies<0>();
         __syncthreads();  // the stage is there for all threads, and none reads the other one any more
         T* const arrived = arriving;
         arriving = read;
         read = arrived;
         const TapsNchwStage<C> stage = next;
-        if (unit + 1 < last) {
-            next = TapsNchwStage<C>(sizes, tiling, unit + 1);
-            copy_stage<C>(tensors, sizes, tiling, channel, channels, next, arriving);
+        unit = next_unit<C>(unit + 1, last, sizes, tiling, depth_tap);
+        if (unit < last) {
+            next = TapsNchwStage<C>(sizes, tiling, unit);
+            copy_stage<C>(tensors, sizes, tiling, channel, channels, depth_tap, next, arriving);
             end_of_copies();
         }
         if (takes_part) add_stage<C>(read, sizes, tiling, stage, place, sums, bias);
@@ -174,13 +181,13 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     }
     __syncthreads();
 
-    const unsigned parts = tiling.parts.divisor;
+    const unsigned parts = tiling.parts.divisor, of_grid = group * C::kFilterD + depth_tap;
     if (parts > 1) {
-        Sum* const partial = static_cast<Sum*>(tensors.partial) + static_cast<long long>(group) * parts * outputs;
+        Sum* const partial = static_cast<Sum*>(tensors.partial) + static_cast<long long>(of_grid) * parts * outputs;
 #pragma unroll 1
         for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads)
             partial[static_cast<long long>(part) * outputs + o] = totals[o];
-        if (!arrives_last(tensors.arrivals + group, parts, reinterpret_cast<int*>(values - 1))) return;
+        if (!arrives_last(tensors.arrivals + of_grid, parts, reinterpret_cast<int*>(values - 1))) return;
         add_up<C::kThreads>(outputs, static_cast<int>(parts), values, totals, [&](int output, int term) {
             return SumsOfParts<Sum>{partial + (static_cast<long long>(term) * outputs + output), outputs};
         });
@@ -193,23 +200,24 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     if (!__syncthreads_and(finite)) {
 #pragma unroll 1
         for (int o = 0; o < outputs; ++o) {
-            const TapsNchwTotal<C> total(tiling, o);
+            const TapsNchwTotal<C> total(tiling, o, depth_tap);
             if (!total.exists(channels) || is_finite(totals[o])) continue;
-            const Sum sum = sum_term_by_term<C>(tensors, sizes, tiling.images, channel * C::kMultiplier + total.plane,
-                                                total.tap, values);
+            const Sum sum = sum_term_by_term<C>(tensors, sizes, tiling, channel * C::kMultiplier + total.plane,
+                                                depth_tap, total.tap, values);
             if (threadIdx.x == 0) totals[o] = sum;
         }
         __syncthreads();
     }
 #pragma unroll 1
     for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads) {
-        const TapsNchwTotal<C> total(tiling, o);
+        const TapsNchwTotal<C> total(tiling, o, depth_tap);
         if (!total.exists(channels)) continue;
         const int out_channel = channel * C::kMultiplier + total.plane;
         if (total.tap == kTaps)
             tensors.db[out_channel] = static_cast<T>(totals[o]);
         else
-            tensors.dw[static_cast<long long>(out_channel) * kTaps + total.tap] = static_cast<T>(totals[o]);
+            tensors.dw[(static_cast<long long>(out_channel) * C::kFilterD + depth_tap) * kTaps + total.tap] =
+                static_cast<T>(totals[o]);
     }
 }
 
@@ -235,6 +243,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 #define DWCONV_BOTTOM_REACH 1
 #define DWCONV_RIGHT_REACH 1
 #define DWCONV_CACHED 0
+#define DWCONV_VOLUME 0
 #endif
 
 struct Config : ProblemConfig {
@@ -248,6 +257,7 @@ struct Config : ProblemConfig {
     // Rows and columns of padding at the far ends that outputs reach.
     static constexpr int kBottomReach = DWCONV_BOTTOM_REACH, kRightReach = DWCONV_RIGHT_REACH;
     static constexpr bool kCached = DWCONV_CACHED;  // copies go through L1
+    static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth: its planes are images, as many times as taps of it
 };
 
 using Tiling = dwconv::TapsNchwTiling;

@@ -32,6 +32,7 @@ struct TapsNchwTiling {
     unsigned stage_elements;
     FastDivisor x_team, g_team;  // threads that copy one line
     unsigned scratch;            // sums of threads, in shared memory: behind those of the block and one place more
+    FastDivisor depths;          // planes of an output volume; `images` are all of them, one at a time in a stage
 };
 
 // What one stage holds: outputs [row, row + rows) x [column, column + columns) of some planes and images, and the
@@ -131,33 +132,81 @@ __device__ __forceinline__ void copy_lines(T* into, const T* from, const T* begi
     }
 }
 
+// An image of the tiling: of volumes, a plane of g, with the plane of x that it meets in a tap of the depth.
+template <class C, class Number>
+struct TapsNchwPlanes {
+    Number image;
+    MetPlanes met;
+
+    __device__ __forceinline__ TapsNchwPlanes(const Sizes& sizes, const TapsNchwTiling& tiling, Number number,
+                                              int depth_tap)
+        : image(number) {
+        if constexpr (C::kVolume)
+            met = MetPlanes::find<C>(static_cast<unsigned>(number), tiling.depths, sizes, depth_tap);
+    }
+    __device__ __forceinline__ bool x_exists() const { return !C::kVolume || met.exists; }
+    __device__ __forceinline__ long long in_x(const Sizes& sizes) const {
+        return C::kVolume ? met.in_x(sizes) : image * sizes.x_image;
+    }
+    // Its number among all planes of g, where `channel` is the output channel.
+    __device__ __forceinline__ long long in_g(const Sizes& sizes, int channel) const {
+        return C::kVolume ? (met.image * sizes.out_channels + channel) * sizes.out_d + met.depth
+                          : image * sizes.out_channels + channel;
+    }
+    __device__ __forceinline__ static long long last_of_x(const Sizes& sizes, const TapsNchwTiling& tiling) {
+        return C::kVolume
+                   ? (tiling.depths.quotient(tiling.images) - 1) * sizes.x_image + (sizes.in_d - 1) * sizes.x_depth
+                   : (tiling.images - 1) * sizes.x_image;
+    }
+};
+
+// The first unit from this one on that adds anything: of volumes, one whose plane of x exists, or whose g is summed for
+// the bias.
+template <class C>
+__device__ __forceinline__ unsigned next_unit(unsigned unit, unsigned last, const Sizes& sizes,
+                                              const TapsNchwTiling& tiling, int depth_tap) {
+    if constexpr (C::kVolume) {
+        if (C::kHasBias && depth_tap == 0) return unit;
+        while (unit < last) {
+            const unsigned number = tiling.row_bands.quotient(tiling.column_bands.quotient(unit));
+            if (MetPlanes::find<C>(number, tiling.depths, sizes, depth_tap).exists) break;
+            ++unit;
+        }
+    }
+    return unit;
+}
+
 // Starts the copies of a stage's rows of x and g into shared memory.
 template <class C>
 __device__ __forceinline__ void copy_stage(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,
-                                           const TapsNchwTiling& tiling, int channel, int channels,
+                                           const TapsNchwTiling& tiling, int channel, int channels, int depth_tap,
                                            TapsNchwStage<C>& stage, typename C::Element* into) {
     using T = typename C::Element;
     const bool by_rows = tiling.column_bands.divisor > 1;
-    {
+    const TapsNchwPlanes<C, unsigned> planes(sizes, tiling, stage.image, depth_tap);
+    if (planes.x_exists()) {
         const T* const end =
-            tensors.x + ((tiling.images - 1) * sizes.x_image +
-                         (sizes.out_channels / C::kMultiplier - 1) * sizes.x_channel + sizes.in_h * sizes.in_w);
-        const T* const from = tensors.x + (stage.image * sizes.x_image + channel * sizes.x_channel +
+            tensors.x + (planes.last_of_x(sizes, tiling) + (sizes.out_channels / C::kMultiplier - 1) * sizes.x_channel +
+                         sizes.in_h * sizes.in_w);
+        const T* const from = tensors.x + (planes.in_x(sizes) + channel * sizes.x_channel +
                                            (stage.in_row * sizes.in_w + stage.in_column));
         stage.x_head = elements_behind_vector(from);
         copy_lines<C>(into + tiling.x_begin, from, tensors.x, end,
                       TapsNchwLines(tiling.x, by_rows, stage.images, channels, stage.in_rows, stage.in_columns,
                                     sizes.x_image, sizes.x_channel, sizes.in_w),
                       tiling.x_team);
+    } else {  // g is summed for the bias alone
+        stage.x_head = 0;
+        for (unsigned at = tiling.x_begin + threadIdx.x; at < tiling.g_begin; at += C::kThreads) into[at] = T();
     }
     {
-        const long long plane = sizes.out_h * sizes.out_w;
-        const T* const from = tensors.g + ((stage.image * sizes.out_channels + channel * C::kMultiplier) * plane +
+        const long long plane = sizes.out_h * sizes.out_w, channel_step = C::kVolume ? sizes.out_d * plane : plane;
+        const T* const from = tensors.g + (planes.in_g(sizes, channel * C::kMultiplier) * plane +
                                            (stage.row * sizes.out_w + stage.column));
         stage.g_head = elements_behind_vector(from);
-        copy_lines<C>(into + tiling.g_begin, from, tensors.g, tensors.g + sizes.planes * plane,
+        copy_lines<C>(into + tiling.g_begin, from, tensors.g, tensors.g + sizes.planes * channel_step,
                       TapsNchwLines(tiling.g, by_rows, stage.images, channels * C::kMultiplier, stage.rows,
-                                    stage.columns, sizes.out_channels * plane, plane, sizes.out_w),
+                                    stage.columns, sizes.out_channels * plane, channel_step, sizes.out_w),
                       tiling.g_team);
     }
 }

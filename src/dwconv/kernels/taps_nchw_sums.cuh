@@ -1,7 +1,7 @@
 // taps_nchw_sums.cuh: how the sums of many threads and blocks become one, in an order that is the same on every run;
 // and sums anew, term by term, where one is not finite
 #pragma once
-#include "filter_gradients.cuh"
+#include "taps_nchw_stages.cuh"
 
 namespace dwconv {
 
@@ -73,24 +73,25 @@ __device__ __forceinline__ bool is_finite(Sum value) {
 // One sum, exactly as the formula has it: without products of padding. All threads call it; tap kTaps is the bias.
 template <class C, class Sum>
 __device__ __forceinline__ Sum sum_term_by_term(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,
-                                                unsigned images, int channel, int tap, Sum* scratch) {
+                                                const TapsNchwTiling& tiling, int channel, int depth_tap, int tap,
+                                                Sum* scratch) {
     constexpr int kTaps = C::kFilterH * C::kFilterW;
     const long long plane = sizes.out_h * sizes.out_w;
     const typename C::Element* const x = tensors.x + channel / C::kMultiplier * sizes.x_channel;
     Sum sum = 0;
-    for (long long index = threadIdx.x; index < images * plane; index += C::kThreads) {
+    for (long long index = threadIdx.x; index < tiling.images * plane; index += C::kThreads) {
         const long long image = index / plane, of_plane = index - image * plane;
         const long long i = of_plane / sizes.out_w, j = of_plane - i * sizes.out_w;
-        const Sum factor =
-            static_cast<Sum>(load_one(tensors.g + ((image * sizes.out_channels + channel) * plane + of_plane)));
+        const TapsNchwPlanes<C, long long> planes(sizes, tiling, image, depth_tap);
+        const Sum factor = static_cast<Sum>(load_one(tensors.g + (planes.in_g(sizes, channel) * plane + of_plane)));
         if (tap == kTaps) {
             sum += factor;
             continue;
         }
         const long long row = i * C::kStrideH - C::kPadTop + tap / C::kFilterW * C::kDilationH;
         const long long column = j * C::kStrideW - C::kPadLeft + tap % C::kFilterW * C::kDilationW;
-        if (row >= 0 && row < sizes.in_h && column >= 0 && column < sizes.in_w)
-            sum += factor * static_cast<Sum>(load_one(x + (image * sizes.x_image + row * sizes.in_w + column)));
+        if (planes.x_exists() && row >= 0 && row < sizes.in_h && column >= 0 && column < sizes.in_w)
+            sum += factor * static_cast<Sum>(load_one(x + (planes.in_x(sizes) + row * sizes.in_w + column)));
     }
     scratch[threadIdx.x] = sum;
     __syncthreads();

@@ -1,12 +1,14 @@
 // taps_nhwc.cuh: gradients of filters and bias, channels last: rows of x and g stream through shared memory
-//   dw[c,u,v] = sum over images n and outputs (i, j) of g[n, i, j, c] * x[n, i*SH - PT + u*DH, j*SW - PL + v*DW, c/M]
-//   db[c]     = sum over images n and outputs (i, j) of g[n, i, j, c]                          float32 sums
-//   x [N,H,W,C]   g [N,OH,OW,C*M]   dw [C*M,KH,KW]   db [C*M] or null     offsets in elements, 64-bit
+//   dw[c,t,u,v] = sum over images n and outputs (d, i, j) of
+//                 g[n, d, i, j, c] * x[n, d*SD - PF + t*DD, i*SH - PT + u*DH, j*SW - PL + v*DW, c/M]
+//   db[c]       = sum over images n and outputs (d, i, j) of g[n, d, i, j, c]                    float32 sums
+//   x [N,D,H,W,C]   g [N,OD,OH,OW,C*M]   dw [C*M,KD,KH,KW]   db [C*M] or null     offsets in elements, 64-bit
 //   A lane owns kVector neighbouring channels, and sums of kTapsA x kTapsB taps of each. kLanes lanes are a tile, which
 //   marches down kColumns neighbouring columns of outputs: the rows of g that are met again stay in registers, each row
 //   of x is read once. A warp has its own stages of rows in shared memory, kStages - 1 of them in flight: warps don't
 //   wait for each other. Then the block adds up its tiles, and the last block the blocks, in one order; of many blocks,
 //   the last one of each few neighbours adds up those before.
+//   Planes of volumes count as images, taps of the depth as tiles of taps: a plane of g meets one of x, or none.
 //   grid.x = tiles of taps * groups of kChunks chunks of channels * parts of all output rows, in this order
 //   shared memory: stages [kWarps][kStages] (W::kStage); then sums [kSlab][threads]
 //   least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for more tiles of taps
@@ -46,7 +48,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     TapsSegment<C> segment;
     unsigned stage = 0, next_stage = (C::kStages - 1) * kStageBytes;  // in bytes
 #pragma unroll 1
-    while (segment.find(position, end_position, place, tiling)) {
+    while (segment.find(position, end_position, place, sizes, tiling)) {
         taps.begin();
         int phase = 0;
 #pragma unroll 1
@@ -81,7 +83,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
         if (tap < kTaps) {
             const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
             if (u < W::kFilterA && v < W::kFilterB)
-                tensors.dw[channel * (W::kFilterA * W::kFilterB) +
+                tensors.dw[(channel * C::kFilterD + place.depth_tap) * W::kPlaneTaps +
                            (W::kTurned ? v * W::kFilterA + u : u * W::kFilterB + v)] = static_cast<Element>(sum);
         } else if (tap < W::kSums && place.tap_tile == 0) {
             tensors.db[channel] = static_cast<Element>(sum);
@@ -150,6 +152,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
 #define DWCONV_WIDTH 0
 #define DWCONV_SLAB 9
 #define DWCONV_REPAIR 1
+#define DWCONV_VOLUME 0
 #endif
 
 struct Config : ProblemConfig {
@@ -161,6 +164,7 @@ struct Config : ProblemConfig {
     static constexpr int kGBytes = DWCONV_G_BYTES, kXBytes = DWCONV_X_BYTES;
     static constexpr bool kCached = DWCONV_CACHED;
     static constexpr int kWidth = DWCONV_WIDTH, kSlab = DWCONV_SLAB;
+    static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth
     static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
 };
 

@@ -23,6 +23,7 @@ struct TapsNhwcTiling {
     FastDivisor rows;          // of a super-line
     FastDivisor super_lines;   // of one class of rows
     FastDivisor column_tiles;  // of one class of columns
+    FastDivisor depths;        // planes of an output volume; `images` are all of them
 };
 
 __host__ __device__ constexpr int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divisor(b, a % b); }
@@ -43,6 +44,7 @@ struct TapsNhwc {
     static constexpr int kStrideB = kStepB / greatest_divisor(kStepB, kApartB);
     static constexpr int kReach = kApartA * kStrideA;  // rows of x from one step to the next one
 
+    static constexpr int kPlaneTaps = kFilterA * kFilterB;  // of one tap of the depth
     static constexpr int kTapTilesA = ceil_div(kFilterA, C::kTapsA), kTapTilesB = ceil_div(kFilterB, C::kTapsB);
     static constexpr int kLive = ceil_div(C::kTapsA, kStrideA);  // rows of g that a row of x may meet
     static constexpr bool kFlat = C::kStageSteps > 1;            // a stage is several steps of one column
@@ -98,7 +100,7 @@ template <class C>
 struct TapsPlace {
     using W = TapsNhwc<C>;
     unsigned group, tap_tile, part;   // of chunks; of taps; of positions
-    int tap_a, tap_b;                 // the first of the tile
+    int depth_tap, tap_a, tap_b;      // the first of the tile
     unsigned chunk, warp_tile, tile;  // of the block: this warp's chunk and first tile, and its lane's tile
     int in_a, out_a, in_b, out_b;
     long long x_a, x_b, g_a, g_b, g_image;  // strides, in elements
@@ -108,8 +110,11 @@ struct TapsPlace {
         tap_tile = blockIdx.x - above * tiling.tap_tiles.divisor;
         part = tiling.chunk_groups.quotient(above);
         group = above - part * tiling.chunk_groups.divisor;
-        tap_a = static_cast<int>(tap_tile / W::kTapTilesB) * C::kTapsA;
-        tap_b = static_cast<int>(tap_tile % W::kTapTilesB) * C::kTapsB;
+        constexpr unsigned kPlaneTiles = W::kTapTilesA * W::kTapTilesB;
+        const unsigned of_plane = C::kVolume ? tap_tile % kPlaneTiles : tap_tile;
+        depth_tap = C::kVolume ? static_cast<int>(tap_tile / kPlaneTiles) : 0;
+        tap_a = static_cast<int>(of_plane / W::kTapTilesB) * C::kTapsA;
+        tap_b = static_cast<int>(of_plane % W::kTapTilesB) * C::kTapsB;
         const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // tells compilers that it is uniform
         chunk = warp % C::kChunks;
         warp_tile = warp / C::kChunks * W::kTiles;
@@ -155,7 +160,7 @@ struct TapsSegment {
 
     // The next one from `position` on, which it moves. False where there is none; the same for all lanes of a warp.
     __device__ __forceinline__ bool find(unsigned& position, unsigned end_position, const TapsPlace<C>& place,
-                                         const TapsNhwcTiling& tiling) {
+                                         const Sizes& sizes, const TapsNhwcTiling& tiling) {
         while (position < end_position) {
             const unsigned line = tiling.rows.quotient(position);
             first = static_cast<int>(position - line * tiling.rows.divisor);
@@ -166,6 +171,12 @@ struct TapsSegment {
             super_line = line - of_class * tiling.super_lines.divisor;
             const unsigned warp_line = super_line * W::kBlockTiles + place.warp_tile;
             if (warp_line >= tiling.lines) continue;
+            if constexpr (C::kVolume && W::kTiles == 1)
+                if (!(C::kHasBias && place.tap_tile == 0) &&
+                    !MetPlanes::find<C>(TapsLine::find<C>(warp_line, tiling).image, tiling.depths, sizes,
+                                        place.depth_tap)
+                         .exists)
+                    continue;
             base = row_class * W::kStepA - W::kPadA + place.tap_a * W::kApartA;
             end = min(end, ceil_div(place.out_a - row_class, W::kClassesA));
             // Steps before which all rows of x end.
@@ -248,7 +259,7 @@ struct TapsCopies {
     __device__ __forceinline__ static int own_lane() { return static_cast<int>(threadIdx.x % 32 % C::kLanes); }
 
     __device__ __forceinline__ void begin(const FilterGradients<Element>& tensors, const Sizes& sizes) {
-        if (!segment.find(position, end_position, place, tiling)) {
+        if (!segment.find(position, end_position, place, sizes, tiling)) {
             segment.last = 0;  // nothing more to copy
             return;
         }
@@ -264,12 +275,18 @@ struct TapsCopies {
         const int g_lane = W::kFlat ? 0 : g_first * W::kClassesB, x_lane = W::kFlat ? 0 : x_first * W::kApartB;
         g_at = tensors.g + at.image * place.g_image + g_row * place.g_a + (g_column + g_lane) * place.g_b + g_piece;
         x_at = tensors.x + at.image * sizes.x_image + x_row * place.x_a + (x_column + x_lane) * place.x_b + x_piece;
+        bool x_plane = x_channel;
+        if constexpr (C::kVolume) {
+            const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap);
+            x_at += met.in_x(sizes) - at.image * sizes.x_image;
+            x_plane = x_channel && met.exists;
+        }
         g_exists = x_exists = 0;
         if constexpr (W::kFlat) {
             g_at += g_first * W::kClassesA * place.g_a;
             x_at += x_first * W::kApartA * place.x_a;
             g_exists = exists && g_channel && g_column < place.out_b;
-            x_exists = exists && x_channel && x_column >= 0 && x_column < place.in_b;
+            x_exists = exists && x_plane && x_column >= 0 && x_column < place.in_b;
         } else {
 #pragma unroll
             for (int k = 0; k < W::kGCopies; ++k)
@@ -277,7 +294,7 @@ struct TapsCopies {
                     g_exists |= 1u << k;
 #pragma unroll
             for (int k = 0; k < W::kXCopies; ++k)
-                if (exists && x_channel &&
+                if (exists && x_plane &&
                     static_cast<unsigned>(x_column + x_lane + k * W::kXStep * W::kApartB) <
                         static_cast<unsigned>(place.in_b))
                     x_exists |= 1u << k;

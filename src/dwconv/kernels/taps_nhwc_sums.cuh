@@ -173,6 +173,12 @@ __device__ __forceinline__ typename TapsNhwc<C>::Sum exact_block_sum(
             const unsigned line = super_line * W::kBlockTiles + tile;
             if (line >= tiling.lines) break;
             const TapsLine at = TapsLine::find<C>(line, tiling);
+            long long in_x = at.image * sizes.x_image;
+            if constexpr (C::kVolume) {
+                const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap);
+                if (!is_bias && !met.exists) continue;
+                in_x = met.in_x(sizes);
+            }
 #pragma unroll 1
             for (int t = 0; t < C::kColumns; ++t) {
                 const long long j = at.column_class + static_cast<long long>(at.first + t) * W::kClassesB;
@@ -181,8 +187,8 @@ __device__ __forceinline__ typename TapsNhwc<C>::Sum exact_block_sum(
                 const Sum g = static_cast<Sum>(
                     load_one(tensors.g + at.image * place.g_image + i * place.g_a + j * place.g_b + channel));
                 sum += is_bias ? g
-                               : g * static_cast<Sum>(load_one(tensors.x + at.image * sizes.x_image + r * place.x_a +
-                                                               c * place.x_b + channel / C::kMultiplier));
+                               : g * static_cast<Sum>(load_one(tensors.x + in_x + r * place.x_a + c * place.x_b +
+                                                               channel / C::kMultiplier));
             }
         }
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from ..problem import DepthwiseProblem
 
 
@@ -55,3 +58,36 @@ def too_long(problem: DepthwiseProblem) -> str | None:
     if longest < 2**31 - 2**16:
         return None
     return f"a padded row or column of {longest} elements is too long to be numbered in 31 bits"
+
+
+def planar(problem: DepthwiseProblem) -> DepthwiseProblem:
+    """The gradients of filters of two dimensions that one tap of a volume's depth is: output planes are the images.
+
+    The stride of images is the greatest that those of x's planes are multiples of.
+
+    >>> planar(DepthwiseProblem(2, 8, (4, 6, 6), (3, 3, 3), direction="grad_weight")).x_shape
+    (4, 8, 6, 6)
+    """
+    if problem.dims < 3:
+        return problem
+    image, channel, depth, row, column = problem.plane_strides
+    apart = math.gcd(image if problem.batch > 1 else 0, depth if problem.size[0] > 1 else 0)
+    return replace(
+        problem,
+        batch=problem.batch * problem.out_size[0],
+        size=problem.size[1:],
+        filter=problem.filter[1:],
+        stride=problem.stride[1:],
+        padding=problem.padding[1:],
+        dilation=problem.dilation[1:],
+        x_strides=(apart, channel, row, column),
+    )
+
+
+def too_deep(problem: DepthwiseProblem) -> str | None:
+    """Why a volume's planes can't be numbered in 31 bits."""
+    if problem.dims < 3:
+        return None
+    planes = max(1, problem.batch) * problem.out_size[0]
+    longest = max(planes, problem.size[0] + sum(problem.padding[0]))
+    return None if longest < 2**30 else f"{longest} planes of volumes are too many to be numbered in 31 bits"

@@ -9,7 +9,7 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
-from .strips import too_long
+from .strips import planar, too_deep, too_long
 from .taps_nchw_geometry import Geometry, Tile, geometry_of
 from .taps_nchw_tiles import taps_seconds, tiles_of, whole
 
@@ -17,6 +17,7 @@ from .taps_nchw_tiles import taps_seconds, tiles_of, whole
 class TapsNchw(Variant):
     stem = "taps_nchw"
     directions = ("grad_weight",)
+    dims = (2, 3)
     technique = (
         "each block streams planes of x and of y's gradient through shared memory; a thread has a tile of the gradient "
         "and the sums of all taps in registers"
@@ -55,7 +56,7 @@ class TapsNchw(Variant):
             sizes=problem_sizes(problem),
             tiling=tiling_of(problem, geometry),
             tile=str(tile),
-            predicted_seconds=taps_seconds(problem, device, tile, geometry),
+            predicted_seconds=taps_seconds(planar(problem), device, tile, geometry),
             partial_bytes=geometry.partial_bytes if geometry.parts > 1 else 0,
             arrivals=geometry.groups if geometry.parts > 1 else 0,
         )
@@ -63,6 +64,9 @@ class TapsNchw(Variant):
 
 def unlaunchable(problem: DepthwiseProblem) -> str | None:
     """Why no tile can serve the problem."""
+    if reason := too_deep(problem):
+        return reason
+    problem = planar(problem)
     height, width = problem.size
     if reason := too_long(problem):
         return reason
@@ -75,6 +79,7 @@ def unlaunchable(problem: DepthwiseProblem) -> str | None:
 
 def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[tuple[str, int | str], ...]:
     """What is compiled in: the problem's constants, and the tile's."""
+    planes = planar(problem)
     found = problem_constants(problem) | {
         "THREADS": tile.threads,
         "MIN_BLOCKS": geometry.blocks,
@@ -84,13 +89,14 @@ def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> t
         "TAP_COLUMNS": tile.tap_columns,
         "READ_X": geometry.read_x,
         "READ_G": geometry.read_g,
-        "EVEN_ROWS": int(problem.out_size[0] % tile.rows == 0),
-        "EVEN_COLUMNS": int(problem.out_size[1] % tile.columns == 0),
-        "WHOLE_HEIGHT": int(whole(problem, tile, 0)),
-        "WHOLE_WIDTH": int(whole(problem, tile, 1)),
+        "EVEN_ROWS": int(planes.out_size[0] % tile.rows == 0),
+        "EVEN_COLUMNS": int(planes.out_size[1] % tile.columns == 0),
+        "WHOLE_HEIGHT": int(whole(planes, tile, 0)),
+        "WHOLE_WIDTH": int(whole(planes, tile, 1)),
         "BOTTOM_REACH": geometry.reach[0],
         "RIGHT_REACH": geometry.reach[1],
         "CACHED": int(geometry.cached),
+        "VOLUME": int(problem.dims == 3),
     }
     return tuple(sorted(found.items()))
 
@@ -103,7 +109,7 @@ def tiling_of(problem: DepthwiseProblem, geometry: Geometry) -> tuple[int, ...]:
         *fast_divisor(geometry.column_bands),
         geometry.units,
         geometry.part_units,
-        problem.batch,
+        planar(problem).batch,
         geometry.images,
         geometry.channels,
         geometry.row_tiles,
@@ -122,4 +128,5 @@ def tiling_of(problem: DepthwiseProblem, geometry: Geometry) -> tuple[int, ...]:
         *fast_divisor(geometry.x.team),
         *fast_divisor(geometry.g.team),
         geometry.scratch,
+        *fast_divisor(problem.out_size[0] if problem.dims == 3 else 1),
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
-from .strips import divided, up
+from .banks import banked
+from .strips import divided, planar, up
 
 SHORT_LINE = 1024  # bytes: shorter lines come through L1, for the sectors that two of them share
 AT_ONCE = 16  # sums of each thread that are added up at once
@@ -72,7 +72,9 @@ class Geometry:
         row_tiles, column_tiles: of a band of a plane; row_lanes: of threads that share its rows of tiles.
         row_bands, column_bands: of a plane.
         tap_tiles, tap_tile_columns: of a filter, in all and side by side.
-        groups, parts: of the grid: groups of channels; units: stages of a group, part_units: of a block.
+        depth_taps: of filters of volumes, whose planes count as images for each tap; else 1.
+        groups, parts: of the grid: groups of channels, as many times as depth_taps; units: stages of a group,
+            part_units: of a block.
         read_x, read_g: elements that one read of shared memory brings.
         reach: rows, columns of padding below and right of x that outputs read.
         scratch: sums of a block in shared memory.
@@ -108,6 +110,7 @@ class Geometry:
     partial_bytes: int
     blocks: int = 1
     used: int = 0
+    depth_taps: int = 1
     read_clocks: tuple[int, int] = (1, 1)
 
 
@@ -191,6 +194,8 @@ def pitches(
 
 def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Geometry | str:
     """The stages and parts of a problem, or why there are none."""
+    depth_taps, out_depth = (problem.filter[0], problem.out_size[0]) if problem.dims == 3 else (1, 0)
+    problem = planar(problem)
     (out_h, out_w), multiplier = problem.out_size, problem.multiplier
     tap_tile_columns = divided(problem.filter[1], tile.tap_columns)
     tiled_taps = divided(problem.filter[0], tile.tap_rows) * tap_tile_columns
@@ -203,8 +208,9 @@ def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ge
     for budget in (device.shared_bytes // 2 - 1024, device.shared_bytes - 1024):  # two blocks, or one
         threads = room
         while threads >= 1:
-            found = _cut(problem, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns)
+            found = _cut(problem, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns, out_depth)
             if found.shared_bytes <= budget:
+                found = replace(found, groups=found.groups * depth_taps, depth_taps=depth_taps)
                 return _parted(problem, device, tile, _spread(problem, tile, found))
             threads = min(threads - 1, threads * 3 // 4)
     return f"no stage fits in the {device.shared_bytes - 1024} bytes of shared memory of a block"
@@ -218,8 +224,12 @@ def _cut(
     column_tiles: int,
     tiled_taps: int,
     tap_tile_columns: int,
+    out_depth: int,
 ) -> Geometry:
-    """The stages in which so many threads have a tile for each tile of taps and each of `multiplier` planes."""
+    """The stages in which so many threads have a tile for each tile of taps and each of `multiplier` planes.
+
+    out_depth: of volumes, whose planes have stages of their own; else 0.
+    """
     (height, width), (out_h, out_w), size = problem.size, problem.out_size, problem.element_bytes
     vector = 16 // size
     of_thread = divided(row_tiles * column_tiles, threads) if tiled_taps > 1 else 1
@@ -239,8 +249,8 @@ def _cut(
         planes = max(1, threads // (column_tiles * lanes))
         plane_bytes = height * width * size
         channels = min(problem.channels, planes, max(1, divided(SHORT_LINE, plane_bytes)))
-        images = min(max(1, problem.batch), planes // channels)
-        images = divided(max(1, problem.batch), divided(max(1, problem.batch), images))
+        most = 1 if out_depth else max(1, problem.batch)  # images of a stage
+        images = divided(most, divided(most, min(most, planes // channels)))
         channels = min(problem.channels, max(channels, planes // images))
         channels = divided(problem.channels, divided(problem.channels, channels))
     by_rows = column_bands > 1
@@ -258,8 +268,9 @@ def _cut(
         threads=tile.threads, element_bytes=size,
     )  # fmt: skip
     g = pitches(
-        problem.out_channels * out_h * out_w, out_h * out_w, out_w, band_columns, images=images, planes=planes,
-        rows=band_rows, merges=whole, by_rows=by_rows, vector=vector, threads=tile.threads, element_bytes=size,
+        problem.out_channels * out_h * out_w, out_h * out_w * max(1, out_depth), out_w, band_columns, images=images,
+        planes=planes, rows=band_rows, merges=whole and out_depth < 2, by_rows=by_rows, vector=vector,
+        threads=tile.threads, element_bytes=size,
     )  # fmt: skip
     beyond = (tap_tile_columns * tile.tap_columns - problem.filter[1]) * problem.dilation[1]
     below, right = far_reach(problem)
@@ -293,24 +304,6 @@ def _shared_bytes(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> 
     of_parts = quantities * sums * divided(geometry.parts, 8)
     scratch = (geometry.scratch + max(of_block, of_parts)) * sum_bytes(problem)
     return max(2 * geometry.stage_elements * problem.element_bytes, up(scratch, 16))
-
-
-@lru_cache(maxsize=1 << 14)
-def banked(offsets: tuple[int, ...], width: int) -> int:
-    """Clocks in which shared memory reads `width` bytes for each lane of a warp, from these offsets in bytes.
-
-    >>> banked(tuple(range(0, 128, 4)), 4), banked(tuple(range(0, 256, 8)), 4)
-    (1, 2)
-    """
-    at_once = 32 * 4 // max(4, width)
-    clocks = 0
-    for first in range(0, len(offsets), at_once):
-        words = {at // 4 for at in offsets[first : first + at_once]}
-        for more in range(4, width, 4):
-            words |= {(at + more) // 4 for at in offsets[first : first + at_once]}
-        banks = [word % 32 for word in words]
-        clocks += max(map(banks.count, set(banks)))
-    return clocks
 
 
 def lanes_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> list[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
-from .strips import divided, up
+from .strips import divided, planar, up
 from .taps_nchw_geometry import Geometry, Tile, geometry_of, read_widths, registers, window_height, window_width
 
 MOST_TAPS = 50  # whose sums a thread has in registers; half as many in float64
@@ -157,7 +157,8 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
     in_rows = geometry.row_tiles * tile.rows * problem.stride[0]
     halo = ((problem.filter[0] - 1) * problem.dilation[0]) / in_rows if geometry.row_bands > 1 else 0.0
     x_bytes = problem.batch * problem.channels * math.prod(problem.size) * problem.element_bytes
-    stage_bytes = (problem.least_bytes + 0.2 * halo * x_bytes) / (geometry.units * geometry.groups)
+    again = max(1.0, 0.7 * geometry.depth_taps)  # taps of the depth read x and g through L2, beside one another
+    stage_bytes = again * (problem.least_bytes + 0.2 * halo * x_bytes) / (geometry.units * geometry.groups)
 
     def stage(resident: int) -> float:
         """Seconds, if a multiprocessor has so many blocks."""
@@ -182,14 +183,15 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
 def tiles_of(problem: DepthwiseProblem, device: DeviceSpec) -> list[tuple[Tile, Geometry]]:
     """Tiles that come into question with their geometries, best first: at most MOST_TILES, two of a shape."""
     found: list[tuple[float, Tile, Geometry]] = []
+    planes = planar(problem)
 
     def add(shape: Tile, threads: int) -> None:
         tile = replace(shape, threads=threads)
         geometry = geometry_of(problem, device, tile)
         if isinstance(geometry, Geometry):
-            found.append((taps_seconds(problem, device, tile, geometry), tile, geometry))
+            found.append((taps_seconds(planes, device, tile, geometry), tile, geometry))
 
-    for shape in shapes_of(problem):
+    for shape in shapes_of(planes):
         for threads in THREADS:
             add(shape, threads)
     found.sort(key=lambda each: each[0])

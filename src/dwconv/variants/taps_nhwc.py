@@ -9,7 +9,7 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
-from .strips import divided, too_long
+from .strips import divided, planar, too_deep, too_long
 from .taps_nhwc_cost import gathered, seconds
 from .taps_nhwc_tiles import Tile, cut, piece_bytes, sum_bytes, tiles
 
@@ -20,6 +20,7 @@ MOST_SHAPES = 6  # that are offered with fewer stages, too
 class TapsNhwc(Variant):
     stem = "taps_nhwc"
     directions = ("grad_weight",)
+    dims = (2, 3)
     layouts = ("channels_last",)
     technique = (
         "rows of x and of y's gradient stream through shared memory, each lane holds the sums of some taps of its "
@@ -27,23 +28,24 @@ class TapsNhwc(Variant):
     )
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
+        planes, depth_taps = planar(problem), problem.filter[0] if problem.dims == 3 else 1
         timed: dict[Tile, float] = {}
         illegal: list[Tile] = []
 
         def consider(tile: Tile) -> None:
-            one = cut(problem, device, tile) if piece_bytes(problem, tile) else None
+            one = cut(planes, device, tile, depth_taps) if piece_bytes(planes, tile) else None
             if one is None:
                 illegal.append(tile)
             elif tile not in timed:
-                timed[tile] = seconds(problem, device, tile, one)
+                timed[tile] = seconds(planes, device, tile, one)
 
-        for tile in dict.fromkeys(tiles(problem, device)):
+        for tile in dict.fromkeys(tiles(planes, device)):
             consider(tile)
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_SHAPES]:
             for stages in range(2, tile.stages):
                 consider(replace(tile, stages=stages))
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
-            if min(piece_bytes(problem, tile) or (0,)) == 16:
+            if min(piece_bytes(planes, tile) or (0,)) == 16:
                 consider(replace(tile, cached=False))
         found = [self.plan(problem, device, tile) for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]]
         yield from found
@@ -61,19 +63,18 @@ class TapsNhwc(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
-        if reason := too_long(problem):
+        planes = planar(problem)
+        depth_taps, depths = (problem.filter[0], problem.out_size[0]) if problem.dims == 3 else (1, 1)
+        if reason := too_deep(problem) or too_long(planes):
             return rejected(reason)
-        if (
-            max(problem.size) + max(map(max, problem.padding)) >= 2**29
-            or max(problem.stride + problem.dilation) >= 2**12
-        ):
+        if max(planes.size) + max(map(max, planes.padding)) >= 2**29 or max(planes.stride + planes.dilation) >= 2**12:
             return rejected("rows and taps are too far apart for 32-bit numbers")
         if problem.multiplier > 1 and (tile.vector > 1 or tile.lanes % problem.multiplier):
             return rejected(f"{tile.lanes} lanes are no whole groups of {problem.multiplier} outputs of a channel")
-        pieces = piece_bytes(problem, tile)
+        pieces = piece_bytes(planes, tile)
         if pieces is None:
             return rejected(f"{tile.vector} channels of a lane are no vector of each pixel")
-        one = cut(problem, device, tile)
+        one = cut(planes, device, tile, depth_taps)
         if one is None:
             return rejected(f"the rows of a block take more than {device.shared_bytes - 1024} bytes")
         blocks = one.groups * one.tap_tiles * one.parts
@@ -100,6 +101,7 @@ class TapsNhwc(Variant):
             "WIDTH": one.width,
             "SLAB": one.slab,
             "REPAIR": 1,
+            "VOLUME": int(problem.dims == 3),
         }
         return Plan(
             problem=problem,
@@ -111,7 +113,7 @@ class TapsNhwc(Variant):
             shared_bytes=one.shared_bytes,
             sizes=problem_sizes(problem),
             tiling=(
-                problem.batch,
+                planes.batch,
                 one.lines,
                 one.parts,
                 one.part_rows,
@@ -119,12 +121,19 @@ class TapsNhwc(Variant):
                 of_gatherer,
                 *(
                     field
-                    for divisor in (one.tap_tiles, one.groups, one.line_rows, one.super_lines, one.column_tiles)
+                    for divisor in (
+                        one.tap_tiles,
+                        one.groups,
+                        one.line_rows,
+                        one.super_lines,
+                        one.column_tiles,
+                        depths,
+                    )
                     for field in fast_divisor(divisor)
                 ),
             ),
             tile=f"{tile}, {one.parts} parts of {one.part_rows} rows",
-            predicted_seconds=seconds(problem, device, tile, one),
+            predicted_seconds=seconds(planes, device, tile, one),
             partial_bytes=blocks * one.count * sum_bytes(problem) if one.parts > 1 else 0,
             arrivals=one.groups * one.tap_tiles * counters if one.parts > 1 else 0,
         )

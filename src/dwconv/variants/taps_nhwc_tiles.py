@@ -152,12 +152,15 @@ def piece_bytes(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int] | None
     return None if min(found) < tile.vector * size else (found[0], found[1])
 
 
-def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None:
-    """How a tile divides the problem; None where it doesn't fit in shared memory."""
+def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: int = 1) -> Cut | None:
+    """How a tile divides the problem; None where it doesn't fit in shared memory.
+
+    depth_taps: of volumes, whose planes are the problem's images once for each of them.
+    """
     along, across = axes(problem, tile.turned)
     size, warp_tiles, channels = problem.element_bytes, 32 // tile.lanes, tile.lanes * tile.vector
     flat = tile.stage_steps > 1
-    tap_tiles = divided(along.filter, tile.taps[0]) * divided(across.filter, tile.taps[1])
+    tap_tiles = depth_taps * divided(along.filter, tile.taps[0]) * divided(across.filter, tile.taps[1])
     live = divided(tile.taps[0], along.stride)
     rows = along.stride if flat else min(along.stride, tile.taps[0])
     window = (tile.columns - 1) * across.stride + tile.taps[1]
