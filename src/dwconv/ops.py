@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -284,29 +284,35 @@ def _run_nowhere(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     return empty(x, shape, result_layout(x, weight))
 
 
-_watchers: ContextVar[list[tuple[DepthwiseProblem, int]] | None] = ContextVar("dwconv_watchers", default=None)
+# What `watching` fills. No ContextVar: autograd runs the backward of CUDA tensors in threads of its own.
+_watched: list[tuple[DepthwiseProblem, int]] | None = None
+_one_watcher = Lock()
 
 
 @contextmanager
 def watching(found: list[tuple[DepthwiseProblem, int]]) -> Iterator[None]:
-    """Inside, problems that operators are traced with are put in a list, with the index of their device (CPU: -1)."""
-    token = _watchers.set(found)
-    try:
-        yield
-    finally:
-        _watchers.reset(token)
+    """Inside, problems that operators are traced with are put in a list, with the index of their device (CPU: -1).
+
+    One thread at a time can watch; others wait.
+    """
+    global _watched
+    with _one_watcher:
+        _watched = found
+        try:
+            yield
+        finally:
+            _watched = None
 
 
 def is_watched() -> bool:
     """Whether traced problems are put in a list."""
-    return _watchers.get() is not None
+    return _watched is not None
 
 
 def note_traced(problem: DepthwiseProblem, index: int) -> None:
     """Puts a problem in the list of `watching`; only while there is one."""
-    watchers = _watchers.get()
-    assert watchers is not None, "call it only where is_watched()"
-    watchers.append((problem, index))
+    assert _watched is not None, "call it only where is_watched()"
+    _watched.append((problem, index))
 
 
 def without_data(tensor: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_epilogue(activation):
 def launched(monkeypatch):
     """The addresses that kernels were launched with."""
     seen = []
-    real = ops._launcher_of
+    real = ops.prepared_convolution
 
     def launcher_of(problem, index):
         launch_now = real(problem, index)
@@ -123,7 +123,7 @@ def launched(monkeypatch):
 
         return launch_and_tell
 
-    monkeypatch.setattr(ops, "_launcher_of", launcher_of)
+    monkeypatch.setattr(ops, "prepared_convolution", launcher_of)
     ops._prepared.clear()
     yield seen
     ops._prepared.clear()

@@ -30,9 +30,11 @@ __device__ __forceinline__ void one_tap_per_block(const FilterGradients<typename
     const long long channel_step = C::kChannelsLast ? 1 : outputs;
     const T* const x = tensors.x + channel / C::kMultiplier * sizes.x_channel;
     const T* const g = tensors.g + channel * channel_step;
-    Sum sum = 0;
+    Sum sum = 0, total = 0;  // of up to kNear rows, of all before: long sums round less this way
     // A warp takes every kWarps-th row of outputs, its lanes every 32nd column.
     constexpr int kWarps = C::kThreads / 32;
+    constexpr int kNear = 16;
+    int rows = 0;
     long long image = 0, plane = 0, row = threadIdx.x / 32;
     for (;; row += kWarps) {
 #pragma unroll 1
@@ -42,6 +44,10 @@ __device__ __forceinline__ void one_tap_per_block(const FilterGradients<typename
                 ++image;
             }
         if (image >= tiling.images) break;
+        if (++rows % kNear == 0) {
+            total += sum;
+            sum = 0;
+        }
         const long long d = plane * C::kStrideD - C::kPadFront + static_cast<long long>(t) * C::kDilationD;
         const long long i = row * C::kStrideH - C::kPadTop + static_cast<long long>(u) * C::kDilationH;
         const bool meets = d >= 0 && d < sizes.in_d && i >= 0 && i < sizes.in_h;
@@ -60,7 +66,7 @@ __device__ __forceinline__ void one_tap_per_block(const FilterGradients<typename
         }
     }
     Sum* const sums = shared_memory<Sum>();
-    sums[threadIdx.x] = sum;
+    sums[threadIdx.x] = total + sum;
 #pragma unroll
     for (int half = C::kThreads / 2; half > 0; half /= 2) {
         __syncthreads();
@@ -89,7 +95,7 @@ struct Config : ProblemConfig {
 
 using Tiling = dwconv::OneTapPerBlockTiling;
 
-extern "C" __global__ void __launch_bounds__(Config::kThreads)
+extern "C" __global__ void __launch_bounds__(Config::kThreads, 4)
     dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
                   const Tiling tiling) {
     dwconv::one_tap_per_block<Config>(tensors, sizes, tiling);
