@@ -117,6 +117,7 @@ def models_table(report: Report, source: str) -> str:
 TABLES: dict[str, tuple[str, Callable[[Report, str], str]]] = {
     "results": ("kernelbench.json", kernelbench_table),
     "models": ("models.json", models_table),
+    "gradients": ("gradients.json", models_table),
 }
 
 
@@ -124,6 +125,7 @@ def conditions(report: Report, beside: list[str], source: str) -> str:
     """How the figures came about."""
     dtypes = _listed([case.problem.dtype for case in report.cases])
     layouts = _listed([case.problem.layout for case in report.cases]).replace("_", " ")
+    directions = _listed([case.problem.direction for case in report.cases])
     where = report.conditions
     # where the report went, and in how many parts it was taken, decides no figure
     command = re.sub(r" --(json|markdown|shard) \S+", "", where.command)
@@ -135,7 +137,7 @@ def conditions(report: Report, beside: list[str], source: str) -> str:
     wrong = [f"{row.contender} on {case.name}" for case, row in report.wrong]
     remark = f" **Not within the rounding bound: {', '.join(wrong)}.**" if wrong else ""
     return (
-        f"{dtypes}, {layouts}, forward. {device}. {where.l2.capitalize()} L2, "
+        f"{dtypes}, {layouts}, {directions}. {device}. {where.l2.capitalize()} L2, "
         f"{min(row.timing.samples for row in shown)} or more interleaved rounds, medians; the widest middle half of a "
         f"figure's samples is {max(row.timing.spread for row in shown):.1%} of its median. Every result was compared "
         f"with a float64 reference first.{remark} Attainment: the time of a copy that moves as many bytes, measured in "

@@ -89,9 +89,11 @@ __device__ __forceinline__ void load_cube(uint4 (&matrices)[4], const typename C
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int depth = k - f, u = 2 * half + t / 2 - dy, v = 2 * (t % 2) + e - dx;
-            const int tap = ((channel * C::kFilterD + depth) * C::kFilterH + u) * C::kFilterW + v;
+            constexpr int kTaps = C::kFilterD * C::kFilterH * C::kFilterW;
+            const int tap = (depth * C::kFilterH + u) * C::kFilterW + v;  // below kTaps, so that nothing is divided
+            const int at = channel * kTaps + (C::kReversed ? kTaps - 1 - tap : tap);
             if (exists && depth >= 0 && depth < C::kFilterD && u >= 0 && u < C::kFilterH && v >= 0 && v < C::kFilterW)
-                word |= static_cast<unsigned>(load_one(filter + tap_at<C>(tap)).bits) << 16 * e;
+                word |= static_cast<unsigned>(load_one(filter + at).bits) << 16 * e;
         }
         return word;
     };
