@@ -150,6 +150,7 @@ def test_a_prepared_training_step_in_a_graph():
             leaf.grad = None
         layer(x).square().mean().backward()
 
+    torch.zeros(4, device="cuda", requires_grad=True).square().mean().backward()  # loads PyTorch's own kernels
     assert dwconv.prepare(layer, x) == 3
     loaded = len(launch_module._functions)
     graph = torch.cuda.CUDAGraph()
