@@ -13,6 +13,7 @@ import pytest
 
 _GPU_TESTS = Path(__file__).parent / "tests" / "gpu"
 _CACHE = pytest.StashKey[str]()
+_LONG = ("test_sanitizers.py", "test_edges.py")  # begin first, so that no core waits for them in the end
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,7 +41,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks everything in tests/gpu, and skips it where there is no GPU."""
+    """Long files first. Marks everything in tests/gpu, and skips it where there is no GPU."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
     gpu_tests = [item for item in items if _GPU_TESTS in item.path.parents]
     for item in gpu_tests:
         item.add_marker(pytest.mark.gpu)

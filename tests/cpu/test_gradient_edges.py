@@ -16,13 +16,27 @@ from checks import check_filter_gradient, check_input_gradient
 from dwconv.device import H200
 from dwconv.emulator import build
 from dwconv.errors import DepthwiseError
+from dwconv.plan import Plan
+from dwconv.problem import Direction
+from dwconv.variants import REGISTRY
 from edge_plans import bits, chosen_plans, plan_id
 
-MOST = 4 if build.sanitizing() else 12  # problems of one variant, dtype, layout and number of dimensions
+# Problems of one variant, dtype, layout and number of dimensions: of gradients' own variants, and of those of the
+# forward direction, with reversed filters.
+OWN, REVERSED = (3, 1) if build.sanitizing() else (12, 4)
 
-input_gradients = pytest.mark.parametrize("plan", chosen_plans(H200, MOST, "grad_input"), ids=plan_id)
+
+def plans(direction: Direction) -> list[Plan]:
+    own = [plan for plan in chosen_plans(H200, OWN, direction) if direction in REGISTRY[plan.variant].directions]
+    others = [
+        plan for plan in chosen_plans(H200, REVERSED, direction) if "forward" in REGISTRY[plan.variant].directions
+    ]
+    return own + others
+
+
+input_gradients = pytest.mark.parametrize("plan", plans("grad_input"), ids=plan_id)
 filter_gradients = pytest.mark.parametrize(
-    "plan", [plan for plan in chosen_plans(H200, MOST, "grad_weight") if plan.problem.batch], ids=plan_id
+    "plan", [plan for plan in plans("grad_weight") if plan.problem.batch], ids=plan_id
 )
 
 

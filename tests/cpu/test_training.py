@@ -38,7 +38,8 @@ def on_kernels():
 
 def small(dims: int, layout: str = "channels_first", **windows):
     """x, weight, bias in float64, and the convolution as a function of them."""
-    call = random_call((2, 2, 4, 5, 3)[: 2 + dims], (3, 2, 2)[:dims], bias=True, dtype="float64", layout=layout)
+    shape = (1, 2, 3, 4, 3) if dims == 3 else (2, 2, 4, 5)[: 2 + dims]
+    call = random_call(shape, (3, 2, 2)[:dims], bias=True, dtype="float64", layout=layout)
     return (call.x, call.weight, call.bias), lambda *tensors: FUNCTIONS[dims](*tensors, **windows)
 
 
