@@ -21,6 +21,7 @@ try:
 except ImportError:
     _bindings = None
 
+_INVALID_CONTEXT = 201
 _STREAM_CAPTURE_UNSUPPORTED = 900
 _UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupported version
 
@@ -105,7 +106,7 @@ def load(plan: Plan, compiled: CompiledKernel, index: int) -> Any:
     if key not in _functions:
         driver = _driver()
         with torch.cuda.device(index):
-            torch.cuda.current_stream()  # creates the device's context
+            _make_context_current(index)
             module = _checked(driver.cuModuleLoadData(compiled.cubin), f"loading {plan.variant}")
             function = _checked(driver.cuModuleGetFunction(module, compiled.entry.encode()), "finding the kernel")
             # As much as a block may take: plans of one kernel differ in what they need.
@@ -115,6 +116,15 @@ def load(plan: Plan, compiled: CompiledKernel, index: int) -> Any:
             _checked(driver.cuFuncSetAttribute(function, attribute, most), f"asking for {most} bytes of shared memory")
         _functions[key] = (function, module)
     return _functions[key][0]
+
+
+def _make_context_current(index: int) -> None:
+    """Gives this thread the device's primary context. Threads of the backward pass begin without one, and PyTorch's
+    device guards don't set it where the device stays the same."""
+    driver = _driver()
+    device = _checked(driver.cuDeviceGet(index), "finding the device")
+    context = _checked(driver.cuDevicePrimaryCtxRetain(device), "asking for the device's context")
+    _checked(driver.cuCtxSetCurrent(context), "making the device's context current")
 
 
 Launch = Callable[..., None]
@@ -145,7 +155,11 @@ def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
     def launch_now(*addresses: int) -> None:
         tensors = tensors_type(*addresses)  # twin of `dwconv::Tensors`, or of the smaller `dwconv::FilterGradients`
         arguments = arguments_type(address(tensors), address(sizes), address(tiling))
-        status = launch_kernel(function, *shape, pointer(stream_of(index)), arguments, None)
+        stream = pointer(stream_of(index))
+        status = launch_kernel(function, *shape, stream, arguments, None)
+        if status == _INVALID_CONTEXT:  # the first call of a thread
+            _make_context_current(index)
+            status = launch_kernel(function, *shape, stream, arguments, None)
         if status:
             raise _failure(status, f"launching {plan.variant} with grid {plan.grid}")
 
