@@ -123,6 +123,32 @@ __device__ __forceinline__ void copy_piece_to(const CopyPlace& place, unsigned o
 #endif
 }
 
+// The same where `wanted` isn't 0. Nothing branches: that would cost three more instructions for each copy (sm_90,
+// NVRTC 13.0).
+template <int Bytes, bool Cached>
+__device__ __forceinline__ void copy_wanted_piece_to(const CopyPlace& place, unsigned offset, const void* from,
+                                                     unsigned exists, unsigned wanted) {
+#ifdef DWCONV_ASYNC_COPIES
+    const unsigned address = place.address + offset;
+    if constexpr (Bytes == 16 && !Cached) {
+        asm volatile(
+            "{\n\t.reg .pred p, w;\n\tsetp.eq.u32 p, %2, 0;\n\tsetp.ne.u32 w, %3, 0;\n\t"
+            "@w cp.async.cg.shared.global [%0], [%1], 16, p;\n\t}" ::"r"(address),
+            "l"(from), "r"(exists), "r"(wanted)
+            : "memory");
+        return;
+    } else if constexpr (Bytes >= 4) {
+        asm volatile(
+            "{\n\t.reg .pred p, w;\n\tsetp.eq.u32 p, %3, 0;\n\tsetp.ne.u32 w, %4, 0;\n\t"
+            "@w cp.async.ca.shared.global [%0], [%1], %2, p;\n\t}" ::"r"(address),
+            "l"(from), "n"(Bytes), "r"(exists), "r"(wanted)
+            : "memory");
+        return;
+    }
+#endif
+    if (wanted) copy_piece_to<Bytes, Cached>(place, offset, from, exists);
+}
+
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void end_of_copies() {
 #ifdef DWCONV_ASYNC_COPIES

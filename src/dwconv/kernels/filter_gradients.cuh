@@ -124,4 +124,30 @@ __device__ __forceinline__ void finish_filter_gradients(const Sum* partial, unsi
     }
 }
 
+// What the blocks of one counter do when each has left its sums at partial[part][Count]: the last one adds them up and
+// passes each to store(index, sum). Of more than `gathered` parts, the last block of each `gathered` neighbours adds up
+// theirs first. `arrivals`: a counter for all parts, or one for each of those gatherers and one for them, of each
+// `of_grid`. All threads must call it; `scratch` is 16 * (Threads + 1) bytes of shared memory that nobody uses.
+template <int Threads, unsigned Count, class Sum, class Store>
+__device__ __forceinline__ void finish_parts(Sum* partial, unsigned parts, unsigned gathered, unsigned part,
+                                             unsigned of_grid, unsigned* arrivals, Sum* scratch, const Store& store) {
+    int* const flag = reinterpret_cast<int*>(scratch + 16 / sizeof(Sum) * Threads);
+    const unsigned gatherers = (parts + gathered - 1) / gathered;
+    arrivals += of_grid * (gatherers == 1 ? 1 : gatherers + 1);
+    const auto store_all = [&](unsigned index, Sum sum) { store(static_cast<int>(index), sum); };
+    if (gatherers == 1) {
+        if (arrives_last(arrivals, parts, flag))
+            finish_filter_gradients<Threads>(partial, parts, Count, scratch, store_all);
+        return;
+    }
+    const unsigned gatherer = part / gathered, first = gatherer * gathered;
+    const unsigned of_gatherer = min(gathered, parts - first);
+    if (!arrives_last(arrivals + gatherer, of_gatherer, flag)) return;
+    Sum* const found = partial + static_cast<unsigned long long>(first) * Count;
+    finish_filter_gradients<Threads>(found, of_gatherer, Count, scratch,
+                                     [&](unsigned index, Sum sum) { found[index] = sum; });
+    if (arrives_last(arrivals + gatherers, gatherers, flag))
+        finish_filter_gradients<Threads>(partial, gatherers, Count, scratch, store_all, gathered * Count);
+}
+
 }  // namespace dwconv

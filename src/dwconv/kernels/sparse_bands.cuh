@@ -17,9 +17,11 @@ namespace dwconv {
 #ifdef DWCONV_EMULATOR
 // D = C + A * B from the lanes' fragments, whose layout is the instruction's. Element s of a row of A, without the
 // zeros, belongs to columns 2 * s (rows 0 to 7) and 2 * s + 1 (rows 8 to 15).
+constexpr unsigned kPairsOfChannels = 0;  // nothing looks at it
+
 template <class T>
 __device__ __forceinline__ void multiply_sparse(float (&d)[4], const uint4& a, const unsigned (&b)[4],
-                                                const float (&c)[4]) {
+                                                const float (&c)[4], unsigned = kPairsOfChannels) {
     float sums[4] = {c[0], c[1], c[2], c[3]};
     const unsigned lane = threadIdx.x % 32;
     const auto element = [](unsigned word, int half) {
@@ -50,24 +52,25 @@ constexpr unsigned kPairsOfChannels = 0xdddd8888u;
 #endif
 #define DWCONV_SPARSE_OPERANDS "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%12,%13,%14,%15}, %16, 0x0;"
 
+// `pattern` is kPairsOfChannels, in a register that compilers needn't set for each product again.
 template <class T>
 __device__ __forceinline__ void multiply_sparse(float (&d)[4], const uint4& a, const unsigned (&b)[4],
-                                                const float (&c)[4]);
+                                                const float (&c)[4], unsigned pattern = kPairsOfChannels);
 template <>
 __device__ __forceinline__ void multiply_sparse<Half>(float (&d)[4], const uint4& a, const unsigned (&b)[4],
-                                                      const float (&c)[4]) {
+                                                      const float (&c)[4], unsigned pattern) {
     asm(DWCONV_SPARSE "f16.f16.f32 " DWCONV_SPARSE_OPERANDS
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]), "r"(kPairsOfChannels));
+          "f"(c[2]), "f"(c[3]), "r"(pattern));
 }
 template <>
 __device__ __forceinline__ void multiply_sparse<BFloat16>(float (&d)[4], const uint4& a, const unsigned (&b)[4],
-                                                          const float (&c)[4]) {
+                                                          const float (&c)[4], unsigned pattern) {
     asm(DWCONV_SPARSE "bf16.bf16.f32 " DWCONV_SPARSE_OPERANDS
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]), "r"(kPairsOfChannels));
+          "f"(c[2]), "f"(c[3]), "r"(pattern));
 }
 #endif
 

@@ -106,26 +106,9 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
         else
             own[index] = sum;
     });
-    if (tiling.parts == 1) return;
-    Sum* const scratch = shared_memory<Sum>();
-    int* const flag = reinterpret_cast<int*>(shared_memory<unsigned char>() + 16 * W::kThreads);
-    const unsigned gathered = tiling.gathered, gatherers = (tiling.parts + gathered - 1) / gathered;
-    unsigned* const arrivals = tensors.arrivals + of_grid * (gatherers == 1 ? 1 : gatherers + 1);
-    const auto store_all = [&](unsigned index, Sum sum) { store(static_cast<int>(index), sum); };
-    constexpr unsigned kCount = W::kCount;
-    if (gatherers == 1) {
-        if (arrives_last(arrivals, tiling.parts, flag))
-            finish_filter_gradients<W::kThreads>(partial, tiling.parts, kCount, scratch, store_all);
-        return;
-    }
-    const unsigned gatherer = place.part / gathered, first = gatherer * gathered;
-    const unsigned of_gatherer = min(gathered, tiling.parts - first);
-    if (!arrives_last(arrivals + gatherer, of_gatherer, flag)) return;
-    Sum* const found = partial + static_cast<unsigned long long>(first) * kCount;
-    finish_filter_gradients<W::kThreads>(found, of_gatherer, kCount, scratch,
-                                         [&](unsigned index, Sum sum) { found[index] = sum; });
-    if (arrives_last(arrivals + gatherers, gatherers, flag))
-        finish_filter_gradients<W::kThreads>(partial, gatherers, kCount, scratch, store_all, gathered * kCount);
+    if (tiling.parts > 1)
+        finish_parts<W::kThreads, W::kCount>(partial, tiling.parts, tiling.gathered, place.part, of_grid,
+                                             tensors.arrivals, shared_memory<Sum>(), store);
 }
 
 }  // namespace dwconv

@@ -13,8 +13,10 @@ from .phases_nchw import PhasesNchw
 from .phases_nhwc import PhasesNhwc
 from .sparse_nhwc import SparseNhwc
 from .staged_nchw import StagedNchw
+from .taps_matrix_nchw import TapsMatrixNchw
 from .taps_nchw import TapsNchw
 from .taps_nhwc import TapsNhwc
+from .taps_sparse_nhwc import TapsSparseNhwc
 from .tile16 import Tile16
 from .volume_ncdhw import VolumeNcdhw
 from .volume_ndhwc import VolumeNdhwc
@@ -35,6 +37,8 @@ REGISTRY: dict[str, Variant] = {
         VolumeNdhwc(),
         PhasesNchw(),
         PhasesNhwc(),
+        TapsMatrixNchw(),
+        TapsSparseNhwc(),
         TapsNchw(),
         TapsNhwc(),
         OneInputPerThread(),

@@ -99,7 +99,9 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     flying = min(one.resident, of_multiprocessor) * tile.warps * (tile.stages - 1) * one.stage_bytes
     if through_l1:  # which has a line of 128 bytes for each piece in flight
         lines = max(1, flying) * 128 // min(128, together)
-        dram *= 1.0 + THRASH * max(0.0, math.log2(lines / (LINES_KEPT * l1_bytes(device, one))))
+        dram *= 1.0 + THRASH * max(
+            0.0, math.log2(lines / (LINES_KEPT * l1_bytes(device, one.resident, one.shared_bytes)))
+        )
     else:
         dram *= 1.0 + PAST_NARROW * math.log2(128 / min(128, chunk))
     dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
@@ -110,8 +112,8 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     return LAUNCH_SECONDS + START + (0.0 if through_l1 else PAST_START) + body + last
 
 
-def l1_bytes(device: DeviceSpec, one: Cut) -> int:
+def l1_bytes(device: DeviceSpec, resident: int, shared_bytes: int) -> int:
     """What L1 has beside the resident blocks' shared memory, of which there are a few sizes."""
-    taken = one.resident * (one.shared_bytes + 1024)
+    taken = resident * (shared_bytes + 1024)
     largest = device.shared_bytes + 28 * 1024
     return largest - min((k * 1024 for k in L1_SIZES if taken <= k * 1024 <= device.shared_bytes), default=taken)

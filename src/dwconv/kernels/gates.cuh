@@ -1,0 +1,91 @@
+// gates.cuh: stages of shared memory that all threads of a block fill, and all its warps read, without meeting at a
+// barrier (mbarrier, sm_80 and newer)
+//   A stage is filled, read, filled again. A warp that reads waits until the copies of all threads have arrived; one
+//   that fills, until all warps have read what was there. So warps may be a step apart. The emulator, where copies have
+//   arrived when they are started, meets at a barrier instead.
+#pragma once
+#include "copies.cuh"
+
+namespace dwconv {
+
+template <int Stages, int Threads>
+class StageGates {
+    static constexpr int kWarps = Threads / 32;
+    unsigned full_;  // addresses of Stages gates of 8 bytes, then as many of empty stages
+    unsigned round_ = 0;
+
+#ifndef DWCONV_EMULATOR
+    __device__ __forceinline__ static void wait(unsigned gate, unsigned parity) {
+        asm volatile(
+            "{\n\t.reg .pred open;\n\tAGAIN:\n\t"
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+            "mbarrier.try_wait.parity.shared.b64 open, [%0], %1;\n\t"
+#else
+            "mbarrier.test_wait.parity.shared.b64 open, [%0], %1;\n\t"
+#endif
+            "@!open bra AGAIN;\n\t}" ::"r"(gate),
+            "r"(parity)
+            : "memory");
+    }
+    __device__ __forceinline__ static void initialize(unsigned gate, unsigned arrivals) {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(gate), "r"(arrivals) : "memory");
+    }
+#endif
+
+public:
+    static constexpr int kBytes = 16 * Stages;
+
+    // `gates`: kBytes of shared memory that stay theirs. All threads call it; copies may start afterwards.
+    __device__ __forceinline__ explicit StageGates(void* gates) {
+#ifdef DWCONV_EMULATOR
+        full_ = 0;
+#else
+        full_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
+        if (threadIdx.x == 0)
+            for (int k = 0; k < Stages; ++k) {
+                initialize(full_ + 8 * k, Threads);
+                initialize(full_ + 8 * (Stages + k), kWarps);
+            }
+#endif
+        __syncthreads();
+    }
+
+    // Of stage `stage`, in the round that is read now: its copies have arrived.
+    __device__ __forceinline__ void wait_until_full(unsigned stage) const {
+#ifdef DWCONV_EMULATOR
+        __syncthreads();
+#else
+        wait(full_ + 8 * stage, round_);
+#endif
+    }
+    // This warp has read it. All lanes call it.
+    __device__ __forceinline__ void is_read(unsigned stage) const {
+#ifndef DWCONV_EMULATOR
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(
+                             full_ + 8 * (Stages + stage))
+                         : "memory");
+#endif
+    }
+    // All warps have read stage `stage` in the round that was read `rounds_ago`, 0 or 1.
+    __device__ __forceinline__ void wait_until_empty(unsigned stage, unsigned rounds_ago) const {
+#ifndef DWCONV_EMULATOR
+        wait(full_ + 8 * (Stages + stage), round_ ^ rounds_ago);
+#endif
+    }
+    // This thread's copies to it have been started.
+    __device__ __forceinline__ void is_filled(unsigned stage) const {
+#ifndef DWCONV_EMULATOR
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full_ + 8 * stage) : "memory");
+#endif
+    }
+    // The stage behind this one; behind the last one, the first of the next round.
+    __device__ __forceinline__ unsigned next(unsigned stage) {
+        if (stage + 1 < Stages) return stage + 1;
+        round_ ^= 1;
+        return 0;
+    }
+};
+
+}  // namespace dwconv

@@ -1,0 +1,257 @@
+// taps_lines.cuh: what kernels of filters' gradients march over that take lines of outputs as matrices
+//   A block marches along axis a (rows of the image, or columns: kTurned). With stride S and dilation D on an axis,
+//   outputs and inputs fall into D / gcd(S, D) classes that share no products, each a problem of dilation 1 and stride
+//   S / gcd(S, D) whose inputs lie apart; channels first has classes of rows only, and taps kSpreadB positions apart.
+//   A line is kLineOutputs neighbouring outputs of one class, image after image. A super-line is kLines lines, which
+//   are taken in one step: a row of g of each, and the kRows rows of x that its first taps meet. A position is an
+//   output row of a super-line; a block takes part_rows of them. What it takes of one super-line is a segment.
+//   Planes of volumes count as images, taps of the depth as tiles of taps: a plane of g meets one of x, or none.
+//   grid.x = tiles of taps * groups of channels * parts of all output rows, in this order
+#pragma once
+#include "filter_gradients.cuh"
+
+namespace dwconv {
+
+struct LinesTiling {
+    unsigned images, lines;
+    unsigned parts, part_rows, positions;
+    unsigned gathered;  // parts that one block adds up, before the last block adds up what such blocks have found
+    FastDivisor tap_tiles, channel_groups;
+    FastDivisor rows;          // of a super-line
+    FastDivisor super_lines;   // of one class of rows
+    FastDivisor column_tiles;  // of one class of columns
+    FastDivisor depths;        // planes of an output volume; `images` are all of them
+};
+
+__host__ __device__ constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
+// The least number from a on that is `remainder` modulo `multiple`.
+__host__ __device__ constexpr int up(int a, int multiple, int remainder = 0) {
+    return a + ((remainder - a) % multiple + multiple) % multiple;
+}
+
+// The axes of a problem: along the march, and across.
+template <class C>
+struct TapsAxes {
+    static constexpr bool kLast = C::kChannelsLast, kTurned = C::kTurned;
+    static_assert(kLast || !kTurned, "channels first, lines are neighbouring columns");
+    static constexpr int kFilterA = kTurned ? C::kFilterW : C::kFilterH, kFilterB = kTurned ? C::kFilterH : C::kFilterW;
+    static constexpr int kStepA = kTurned ? C::kStrideW : C::kStrideH, kStepB = kTurned ? C::kStrideH : C::kStrideW;
+    static constexpr int kPadA = kTurned ? C::kPadLeft : C::kPadTop, kPadB = kTurned ? C::kPadTop : C::kPadLeft;
+    static constexpr int kApartA = kTurned ? C::kDilationW : C::kDilationH;  // of taps, in rows of x
+    static constexpr int kDilationB = kTurned ? C::kDilationH : C::kDilationW;
+    static constexpr int kClassesA = kApartA / common_divisor(kStepA, kApartA);
+    static constexpr int kClassesB = kLast ? kDilationB / common_divisor(kStepB, kDilationB) : 1;
+    static constexpr int kStrideA = kStepA / common_divisor(kStepA, kApartA);  // inside a class
+    static constexpr int kStrideB = kLast ? kStepB / common_divisor(kStepB, kDilationB) : kStepB;
+    static constexpr int kApartB = kLast ? kDilationB : 1;   // columns of x from one position to the next
+    static constexpr int kSpreadB = kLast ? 1 : kDilationB;  // positions from one tap to the next
+    static constexpr int kReach = kApartA * kStrideA;        // rows of x from one step to the next
+
+    static constexpr int kPlaneTaps = kFilterA * kFilterB;  // of one tap of the depth
+    static constexpr int kTapTilesA = ceil_div(kFilterA, C::kTapsA), kTapTilesB = ceil_div(kFilterB, C::kTapsB);
+    static constexpr int kLive = ceil_div(C::kTapsA, kStrideA);  // rows of g that a row of x may meet
+    static constexpr int kRows = smaller(kStrideA, C::kTapsA);   // of x, in a step
+    static constexpr int kSums = C::kTapsA * C::kTapsB + (C::kHasBias ? 1 : 0);
+};
+
+// What a block works on.
+template <class W>
+struct LinesPlace {
+    using C = typename W::Config;
+    unsigned group, tap_tile, part;  // of channels; of taps; of positions
+    int depth_tap, tap_a, tap_b;     // the first of the tile
+    int in_a, out_a, in_b, out_b;
+    long long x_a, x_b, g_a, g_b, g_image, g_channel;  // strides, in elements
+
+    __device__ __forceinline__ LinesPlace(const Sizes& sizes, const LinesTiling& tiling) {
+        const unsigned above = tiling.tap_tiles.quotient(blockIdx.x);
+        tap_tile = blockIdx.x - above * tiling.tap_tiles.divisor;
+        part = tiling.channel_groups.quotient(above);
+        group = above - part * tiling.channel_groups.divisor;
+        constexpr unsigned kPlaneTiles = W::kTapTilesA * W::kTapTilesB;
+        const unsigned of_plane = C::kVolume ? tap_tile % kPlaneTiles : tap_tile;
+        depth_tap = C::kVolume ? static_cast<int>(tap_tile / kPlaneTiles) : 0;
+        tap_a = static_cast<int>(of_plane / W::kTapTilesB) * C::kTapsA;
+        tap_b = static_cast<int>(of_plane % W::kTapTilesB) * C::kTapsB;
+        const long long column = W::kLast ? sizes.out_channels : 1, row = sizes.out_w * column;
+        g_channel = W::kLast ? 1 : sizes.out_d * sizes.out_h * row;
+        g_image = sizes.out_h * row * (W::kLast ? 1 : sizes.out_d * sizes.out_channels);
+        in_a = static_cast<int>(W::kTurned ? sizes.in_w : sizes.in_h);
+        in_b = static_cast<int>(W::kTurned ? sizes.in_h : sizes.in_w);
+        out_a = static_cast<int>(W::kTurned ? sizes.out_w : sizes.out_h);
+        out_b = static_cast<int>(W::kTurned ? sizes.out_h : sizes.out_w);
+        x_a = W::kTurned ? sizes.x_column : sizes.x_row;
+        x_b = W::kTurned ? sizes.x_row : sizes.x_column;
+        g_a = W::kTurned ? column : row;
+        g_b = W::kTurned ? row : column;
+    }
+    // Where plane `number` of g begins; of volumes, channels first, planes of an image and images aren't as far apart.
+    __device__ __forceinline__ long long image_of_g(unsigned number, const LinesTiling& tiling) const {
+        if constexpr (C::kVolume && !W::kLast) {
+            const unsigned image = tiling.depths.quotient(number);
+            return image * g_image + (number - image * tiling.depths.divisor) * static_cast<long long>(out_a) * out_b;
+        } else {
+            return number * g_image;
+        }
+    }
+};
+
+// Where a line is: its image (of volumes: its plane), and its first output column with the class of that.
+template <class W>
+struct OutputLine {
+    using C = typename W::Config;
+    unsigned image;
+    int column_class, first;  // column k of the line is column_class + (first + k) * classes
+
+    __device__ __forceinline__ OutputLine(unsigned line, const LinesTiling& tiling) {
+        const unsigned above = tiling.column_tiles.quotient(line);
+        first = static_cast<int>(line - above * tiling.column_tiles.divisor) * W::kLineOutputs;
+        image = W::kClassesB == 1 ? above : above / W::kClassesB;
+        column_class = static_cast<int>(above - image * W::kClassesB);
+    }
+    // The column of x at the line's position 0.
+    __device__ __forceinline__ int x_column(int tap_b) const {
+        return column_class * W::kStepB - W::kPadB + first * W::kStrideB * W::kApartB +
+               tap_b * W::kApartB * W::kSpreadB - W::kLead;
+    }
+};
+
+// A run of output rows of a super-line, those that meet a row of x in the tile of taps.
+template <class W>
+struct LinesSegment {
+    using C = typename W::Config;
+    unsigned super_line;
+    int row_class;
+    int first, end, last;  // rows of g; the step after the last one
+    int base;              // the row of x that the first tap of row 0 meets
+
+    // The next one from `position` on, which it moves. False where there is none; the same for all threads.
+    __device__ __forceinline__ bool find(unsigned& position, unsigned end_position, const LinesPlace<W>& place,
+                                         const Sizes& sizes, const LinesTiling& tiling) {
+        while (position < end_position) {
+            const unsigned line = tiling.rows.quotient(position);
+            first = static_cast<int>(position - line * tiling.rows.divisor);
+            end = static_cast<int>(min(tiling.rows.divisor, first + end_position - position));
+            position += end - first;
+            const unsigned of_class = W::kClassesA == 1 ? 0 : tiling.super_lines.quotient(line);
+            row_class = static_cast<int>(of_class);
+            super_line = line - of_class * tiling.super_lines.divisor;
+            if constexpr (C::kVolume && W::kLines == 1)
+                if (!(C::kHasBias && place.tap_tile == 0) &&
+                    !MetPlanes::find<C>(OutputLine<W>(super_line, tiling).image, tiling.depths, sizes, place.depth_tap)
+                         .exists)
+                    continue;
+            base = row_class * W::kStepA - W::kPadA + place.tap_a * W::kApartA;
+            end = min(end, ceil_div(place.out_a - row_class, W::kClassesA));
+            // Steps before which all rows of x end.
+            const int x_end = place.in_a > base ? ceil_div(place.in_a - base, W::kReach) : 0;
+            if constexpr (!C::kHasBias) {
+                const int before = -base - (C::kTapsA - 1) * W::kApartA;
+                if (before > 0) first = max(first, ceil_div(before, W::kReach));
+                end = min(end, x_end);
+                if constexpr (W::kLines == 1 && W::kTapTilesB > 1) {
+                    const int column = OutputLine<W>(super_line, tiling).x_column(place.tap_b);
+                    if (column >= place.in_b || column + (W::kLinePositions - 1) * W::kApartB < 0) continue;
+                }
+            }
+            if (first >= end) continue;
+            last = min(end + W::kLive - 1, C::kHasBias ? max(x_end, end) : x_end);
+            return true;
+        }
+        return false;
+    }
+};
+
+// A sum of the block, term by term: zeros that stand for what doesn't exist make NaNs of Infs and NaNs.
+template <class W>
+__device__ __forceinline__ float exact_block_sum(const FilterGradients<typename W::Element>& tensors,
+                                                 const Sizes& sizes, const LinesTiling& tiling,
+                                                 const LinesPlace<W>& place, unsigned first, unsigned end,
+                                                 long long channel, int tap) {
+    using C = typename W::Config;
+    const bool is_bias = tap == C::kTapsA * C::kTapsB;
+    const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
+    float sum = 0;
+#pragma unroll 1
+    for (unsigned position = first; position < end; ++position) {
+        const unsigned line_of_all = tiling.rows.quotient(position);
+        const unsigned row_class = W::kClassesA == 1 ? 0 : tiling.super_lines.quotient(line_of_all);
+        const unsigned super_line = line_of_all - row_class * tiling.super_lines.divisor;
+        const long long i =
+            row_class + static_cast<long long>(position - line_of_all * tiling.rows.divisor) * W::kClassesA;
+        const long long r = i * W::kStepA - W::kPadA + static_cast<long long>(u) * W::kApartA;
+        if (i >= place.out_a || (!is_bias && (r < 0 || r >= place.in_a))) continue;
+#pragma unroll 1
+        for (unsigned of_super_line = 0; of_super_line < W::kLines; ++of_super_line) {
+            const unsigned line = super_line * W::kLines + of_super_line;
+            if (line >= tiling.lines) break;
+            const OutputLine<W> at(line, tiling);
+            long long in_x = at.image * sizes.x_image;
+            if constexpr (C::kVolume) {
+                const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap);
+                if (!is_bias && !met.exists) continue;
+                in_x = met.in_x(sizes);
+            }
+            const long long in_g = place.image_of_g(at.image, tiling);
+#pragma unroll 1
+            for (int t = 0; t < W::kLineOutputs; ++t) {
+                const long long j = at.column_class + static_cast<long long>(at.first + t) * W::kClassesB;
+                const long long c = j * W::kStepB - W::kPadB + static_cast<long long>(v) * W::kDilationB;
+                if (j >= place.out_b || (!is_bias && (c < 0 || c >= place.in_b))) continue;
+                const float g = static_cast<float>(
+                    load_one(tensors.g + in_g + i * place.g_a + j * place.g_b + channel * place.g_channel));
+                sum += is_bias ? g
+                               : g * static_cast<float>(load_one(tensors.x + in_x + r * place.x_a + c * place.x_b +
+                                                                 channel / C::kMultiplier * sizes.x_channel));
+            }
+        }
+    }
+    return sum;
+}
+
+// What a block does with the sums of its warps: sums.finish(scratch, found) passes each to found(index, sum), where
+// index = tap * kBlockChannels + channel, the bias behind the last tap of the block's tile. All threads call it.
+template <class W, class Sums>
+__device__ __forceinline__ void finish_lines(const FilterGradients<typename W::Element>& tensors, const Sizes& sizes,
+                                             const LinesTiling& tiling, const LinesPlace<W>& place, unsigned first,
+                                             unsigned end, const Sums& sums) {
+    using C = typename W::Config;
+    using Element = typename W::Element;
+    const auto channel_of = [&](int index) {
+        return static_cast<long long>(place.group) * W::kBlockChannels + index % W::kBlockChannels;
+    };
+    const auto store = [&](int index, float sum) {
+        const long long channel = channel_of(index);
+        const int tap = index / W::kBlockChannels;
+        if (channel >= sizes.out_channels) return;
+        if (tap < C::kTapsA * C::kTapsB) {
+            const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
+            if (u < W::kFilterA && v < W::kFilterB)
+                tensors.dw[(channel * C::kFilterD + place.depth_tap) * W::kPlaneTaps +
+                           (W::kTurned ? v * W::kFilterA + u : u * W::kFilterB + v)] = static_cast<Element>(sum);
+        } else if (tap < W::kSums && place.tap_tile == 0) {
+            tensors.db[channel] = static_cast<Element>(sum);
+        }
+    };
+    const unsigned of_grid = place.group * tiling.tap_tiles.divisor + place.tap_tile;
+    float* const partial =
+        static_cast<float*>(tensors.partial) + static_cast<unsigned long long>(of_grid) * tiling.parts * W::kCount;
+    float* const own = partial + static_cast<unsigned long long>(place.part) * W::kCount;
+    sums.finish(shared_memory<float>(), [&](int index, float sum) {
+        if (C::kRepair && !(sum - sum == 0.0f)) {
+            const long long channel = channel_of(index);
+            sum = channel < sizes.out_channels ? exact_block_sum<W>(tensors, sizes, tiling, place, first, end, channel,
+                                                                    index / W::kBlockChannels)
+                                               : 0.0f;
+        }
+        if (tiling.parts == 1)
+            store(index, sum);
+        else
+            own[index] = sum;
+    });
+    if (tiling.parts > 1)
+        finish_parts<W::kThreads, W::kCount>(partial, tiling.parts, tiling.gathered, place.part, of_grid,
+                                             tensors.arrivals, shared_memory<float>(), store);
+}
+
+}  // namespace dwconv

@@ -1,0 +1,119 @@
+// taps_sparse_nhwc.cuh: gradients of filters and bias of 16-bit elements, channels last, on tensor cores (sm_80 and
+// newer)
+//   dw[c,t,u,v] = sum over images n and outputs (d, i, j) of
+//                 g[n, d, i, j, c] * x[n, d*SD - PF + t*DD, i*SH - PT + u*DH, j*SW - PL + v*DW, c]
+//   db[c]       = sum over images n and outputs (d, i, j) of g[n, d, i, j, c]                    float32 sums
+//   x [N,D,H,W,C]   g [N,OD,OH,OW,C]   dw [C,KD,KH,KW]   db [C] or null     64-bit offsets in elements
+//   A block has kWarps * kOwn channels; rows of them stream through shared memory, kStages - 1 in flight, and each warp
+//   multiplies its own channels; warps may be a step apart. One sparse m16n8k32 makes products of a row of taps and 128
+//   outputs of two channels (taps_sparse_nhwc_sums.cuh). Then the last block of a group of channels adds up what its
+//   blocks have found, in one order; of many blocks, the last one of each few neighbours adds up those before. grid:
+//   see taps_lines.cuh; shared memory: stages [kStages] (W::kStageBytes), gates least DRAM traffic: x + g, once each;
+//   halos between tiles come from L1 or L2, and all for more tiles of taps
+#pragma once
+#include "gates.cuh"
+#include "taps_sparse_nhwc_sums.cuh"
+
+namespace dwconv {
+
+template <class C>
+__device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename C::Element>& tensors,
+                                                 const Sizes& sizes, const LinesTiling& tiling) {
+    using W = TapsSparse<C>;
+    const LinesPlace<W> place(sizes, tiling);
+    const unsigned first_position = place.part * tiling.part_rows;
+    const unsigned end_position = min(first_position + tiling.part_rows, tiling.positions);
+
+    unsigned char* const stages = shared_memory<unsigned char>();
+    StageGates<C::kStages, W::kThreads> gates(stages + W::kGatesAt);
+    LinesCopies<W> copies(tensors, sizes, place, tiling, stages, first_position, end_position);
+#pragma unroll 1
+    for (unsigned k = 0; k < C::kStages; ++k) {
+        // What no copy fills, beyond the image and behind the last line, must be zero.
+#pragma unroll 1
+        for (unsigned at = threadIdx.x * 16; at < W::kStageBytes; at += 16 * W::kThreads)
+            *reinterpret_cast<uint4*>(stages + k * W::kStageBytes + at) = uint4{0, 0, 0, 0};
+        __syncthreads();
+        if (k == C::kStages - 1) break;  // which is filled when the first one is read
+        copies.copy(k * W::kStageBytes, tensors, sizes);
+        gates.is_filled(k);
+    }
+
+    TapsSparseSums<C> taps;
+    LinesSegment<W> segment;
+    unsigned position = first_position, stage = 0, before = C::kStages;  // which step's stage is empty; none yet
+#pragma unroll 1
+    while (segment.find(position, end_position, place, sizes, tiling)) {
+        int phase = 0;
+#pragma unroll 1
+        for (int step = segment.first; step < segment.last; ++step) {
+            gates.wait_until_full(stage);
+            taps.read(stage * W::kStageBytes);
+            if constexpr (W::kReadAtOnce) gates.is_read(stage);
+            const unsigned filled = before < C::kStages ? before : C::kStages - 1;
+            if (before < C::kStages) gates.wait_until_empty(before, before > stage);
+            copies.copy(filled * W::kStageBytes, tensors, sizes);
+            gates.is_filled(filled);
+            taps.template step_of<0>(phase, stage * W::kStageBytes, step, segment, place);
+            if constexpr (!W::kReadAtOnce) gates.is_read(stage);
+            phase = phase + 1 == W::kLive ? 0 : phase + 1;
+            before = stage;
+            stage = gates.next(stage);
+        }
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    finish_lines<W>(tensors, sizes, tiling, place, first_position, end_position, taps);
+}
+
+}  // namespace dwconv
+
+// ---- border: everything above is templates; here the -D defines of one specialisation become its Config ----
+
+#include "config.cuh"
+
+#ifndef DWCONV_CONSTANTS  // defaults of the tile
+#undef DWCONV_ELEMENT
+#define DWCONV_ELEMENT dwconv::Half
+#undef DWCONV_CHANNELS_LAST
+#define DWCONV_CHANNELS_LAST 1
+#define DWCONV_TURNED 0
+#define DWCONV_TAPS_A 3
+#define DWCONV_TAPS_B 3
+#define DWCONV_GROUPS 7
+#define DWCONV_LINES 2
+#define DWCONV_OWN 4
+#define DWCONV_WARPS 8
+#define DWCONV_MIN_BLOCKS 2
+#define DWCONV_STAGES 4
+#define DWCONV_G_BYTES 16
+#define DWCONV_X_BYTES 16
+#define DWCONV_CACHED 1
+#define DWCONV_WIDTH 0
+#define DWCONV_OUT_WIDTH 0
+#define DWCONV_SLAB 3
+#define DWCONV_REPAIR 1
+#define DWCONV_VOLUME 0
+#endif
+
+struct Config : ProblemConfig {
+    static constexpr bool kTurned = DWCONV_TURNED;
+    static constexpr int kTapsA = DWCONV_TAPS_A, kTapsB = DWCONV_TAPS_B;  // of a tile
+    static constexpr int kGroups = DWCONV_GROUPS, kLines = DWCONV_LINES;  // of eight outputs, of a line; of a step
+    static constexpr int kOwn = DWCONV_OWN;                               // channels of a warp
+    static constexpr int kWarps = DWCONV_WARPS, kMinBlocks = DWCONV_MIN_BLOCKS, kStages = DWCONV_STAGES;
+    static constexpr int kGBytes = DWCONV_G_BYTES, kXBytes = DWCONV_X_BYTES;   // of a copy
+    static constexpr bool kCached = DWCONV_CACHED;                             // copies go through L1
+    static constexpr int kWidth = DWCONV_WIDTH, kOutWidth = DWCONV_OUT_WIDTH;  // of images one line wide
+    static constexpr int kSlab = DWCONV_SLAB;       // rows of taps of a warp that are in shared memory at the end
+    static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth
+    static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
+};
+
+using Tiling = dwconv::LinesTiling;
+
+extern "C" __global__ void __launch_bounds__(32 * Config::kWarps, Config::kMinBlocks)
+    dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
+                  const Tiling tiling) {
+    dwconv::taps_sparse_nhwc<Config>(tensors, sizes, tiling);
+}

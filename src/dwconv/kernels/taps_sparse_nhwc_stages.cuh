@@ -1,0 +1,94 @@
+// taps_sparse_nhwc_stages.cuh: how the rows that a block of taps_sparse_nhwc multiplies lie in shared memory
+//   A chunk is eight neighbouring positions of a line, each with the block's channels: g has kGroups of a line, x those
+//   of all windows, the first one from the first tap of the line's first output on. A pair of chunks of g are two
+//   neighbours of a line, or, where a line is one chunk, those of two lines (kLinePairs). A set is eight pairs.
+//   Chunk number w of the window of a pair of a line is in plane w % kPlanes, at the pair's number + w / kPlanes *
+//   kLines; pairs are numbered line after line, then along the lines. Lines as pairs: plane 2 * w + (which line).
+//   Positions, chunks and planes of g are so far apart that eight lanes that read 16 bytes each use all banks once.
+#pragma once
+#include "taps_lines_copies.cuh"
+
+namespace dwconv {
+
+template <class C>
+struct TapsSparse : TapsAxes<C> {
+    using Config = C;
+    using Element = typename C::Element;
+    using A = TapsAxes<C>;
+    static_assert(sizeof(Element) == 2, "tensor cores multiply elements of 16 bits");
+    static constexpr int kLines = C::kLines, kLead = 0, kLineOutputs = 8 * C::kGroups;
+    static constexpr bool kLinePairs = C::kGroups == 1;
+    static constexpr int kPairs = kLinePairs ? ceil_div(kLines, 2) : ceil_div(C::kGroups, 2) * kLines;
+    static constexpr int kSets = ceil_div(kPairs, 8);
+
+    // The window of a group of eight outputs, in chunks; and different chunks that the windows of a pair consist of.
+    static constexpr int kWindow = 7 * A::kStrideB + C::kTapsB;
+    static constexpr int kChunks = ceil_div(kWindow, 8);
+    static constexpr int kWords = kLinePairs ? 2 * kChunks : A::kStrideB + kChunks;
+    static constexpr int kLinePositions = kWindow + (kLineOutputs - 8) * A::kStrideB;
+    static constexpr int kLineChunks = ceil_div(kLinePositions, 8);
+    static constexpr int kPlanes = kLinePairs ? 2 * kLineChunks : 2 * A::kStrideB;
+    // Where a plane begins, in chunks; planes have a row of chunks of the lines more or less.
+    static constexpr int kPlaneLines = kLinePairs ? ceil_div(kLines, 2) : kLines;
+    __host__ __device__ static constexpr int plane_at(int plane) {
+        int chunks = 0;
+        for (int p = 0; p < plane; ++p) chunks += (kLinePairs ? 1 : ceil_div(kLineChunks - p, kPlanes)) * kPlaneLines;
+        return chunks;
+    }
+    // Where chunk `word` of the window of pair 0 is; and how far lanes read, those of pairs that don't exist, too.
+    __host__ __device__ static constexpr int word_at(int word) {
+        return plane_at(word % kPlanes) + word / kPlanes * kPlaneLines;
+    }
+    __host__ __device__ static constexpr int furthest_word() {
+        int furthest = plane_at(kPlanes);
+        for (int w = 0; w < kWords; ++w) furthest = larger(furthest, word_at(w) + 8 * kSets);
+        return furthest;
+    }
+    static constexpr int kXChunks = furthest_word();
+    // Which of the words is chunk `chunk` of the window of a pair's half.
+    __host__ __device__ static constexpr int word_of(int half, int chunk) {
+        return kLinePairs ? 2 * chunk + half : half * A::kStrideB + chunk;
+    }
+
+    static constexpr int kThreads = 32 * C::kWarps;
+    static constexpr int kBlockChannels = C::kOwn * C::kWarps;
+    static constexpr int kXChannels = kBlockChannels / C::kMultiplier;
+    static constexpr int kCount = up(A::kSums * kBlockChannels, 4);  // sums of a block, as whole vectors
+    static_assert(C::kOwn % (2 * C::kMultiplier) == 0, "a warp has whole pairs of channels of x");
+
+    // Positions of a line that can exist: all, or those inside of an image that is one line wide (kWidth).
+    static constexpr int kXFirst = C::kWidth > 0 ? A::kPadB : 0;
+    static constexpr int kXPositions = C::kWidth > 0 ? smaller(C::kWidth, 8 * kLineChunks - kXFirst) : 8 * kLineChunks;
+    static constexpr int kGPositions = C::kWidth > 0 ? C::kOutWidth : kLineOutputs;
+    static_assert(kXPositions > 0 && kGPositions <= kLineOutputs, "kWidth is of images one line wide");
+    using XPieces = LinePieces<C::kXBytes, true, kLines, kXPositions, kXChannels, kThreads>;
+    using GPieces = LinePieces<C::kGBytes, true, kLines, kGPositions, kBlockChannels, kThreads>;
+
+    static constexpr int kXPitch = up(2 * kXChannels, 32, 16), kXChunkBytes = up(8 * kXPitch, 128, 32);
+    static constexpr int kGPitch = up(2 * kBlockChannels, 32, 16), kGChunkBytes = up(8 * kGPitch, 128, 32);
+    static constexpr int kGPlaneBytes = up(8 * kSets * kGChunkBytes, 128, 64);
+    static constexpr int kXRowBytes = kXChunks * kXChunkBytes, kGAt = A::kRows * kXRowBytes;
+    static constexpr int kStageBytes = kGAt + 2 * kGPlaneBytes;
+    // Behind the stages, and behind what takes their place at the end: sums of kSlab rows of taps of each warp, or of
+    // the last block's threads.
+    static constexpr int kSumPitch = 9, kSumsBytes = 4 * 16 * kChunks * kSumPitch * C::kSlab * C::kWarps;
+    static constexpr int kGatesAt = up(larger(C::kStages * kStageBytes, larger(kSumsBytes, 16 * (kThreads + 1))), 16);
+    static constexpr bool kReadAtOnce = A::kRows * kSets == 1;  // before products are made
+    static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");
+
+    __device__ __forceinline__ static int first_channel() { return 0; }
+    __device__ __forceinline__ static unsigned in_x(const XPieces& piece) {
+        const int at = kXFirst + piece.position, chunk = at / 8;
+        const int number = kLinePairs ? plane_at(2 * chunk + piece.line % 2) + piece.line / 2
+                                      : plane_at(chunk % kPlanes) + chunk / kPlanes * kLines + piece.line;
+        return number * kXChunkBytes + at % 8 * kXPitch + 2 * piece.channel;
+    }
+    __device__ __forceinline__ static unsigned in_g(const GPieces& piece) {
+        const int chunk = piece.position / 8;
+        const int plane = kLinePairs ? piece.line % 2 : chunk % 2;
+        const int number = kLinePairs ? piece.line / 2 : chunk / 2 * kLines + piece.line;
+        return kGAt + plane * kGPlaneBytes + number * kGChunkBytes + piece.position % 8 * kGPitch + 2 * piece.channel;
+    }
+};
+
+}  // namespace dwconv

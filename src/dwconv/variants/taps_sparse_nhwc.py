@@ -1,0 +1,142 @@
+"""taps_sparse_nhwc: gradients of filters in 16 bits, channels last: pairs of channels on sparse tensor cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..device import DeviceSpec
+from ..problem import DepthwiseProblem
+from .strips import divided, up, widest
+from .taps_lines import Layout, LinesVariant, Tile, across_axis, line_shapes, narrow, tap_rows, with_residents
+from .taps_nhwc_tiles import axes
+
+MOST_REGISTERS = 214  # of a thread for sums, rows of g and fragments
+OTHER_REGISTERS = 34  # of a thread, beside those
+PIECE_REGISTERS = 2
+SET = 16  # groups of eight outputs that a product takes
+MOST_STAGES = 8
+
+
+class TapsSparseNhwc(LinesVariant):
+    stem = "taps_sparse_nhwc"
+    layouts = ("channels_last",)
+    technique = (
+        "rows of x are matrices of overlapping windows of two channels, sparse by their shape, and rows of y's "
+        "gradient matrices of groups of outputs; tensor cores multiply them for each row of taps"
+    )
+
+    def layout(self, problem: DepthwiseProblem, tile: Tile) -> Layout | str:
+        m = problem.multiplier
+        if tile.own % (2 * m):
+            return f"{tile.own} channels of a warp are no whole pairs of x's, {m} outputs each"
+        along, across = axes(problem, tile.turned)[0], across_axis(problem, tile.turned)
+        image, _, row, column = problem.plane_strides
+        images = (image,) if problem.batch > 1 else ()
+        x_channels = tile.channels // m
+        x_elements = widest(8, problem.aligned // 2, problem.channels, x_channels, row, column, *images)
+        g_elements = widest(8, problem.aligned // 2, problem.out_channels, tile.channels)
+        window = 7 * across.stride + tile.taps[1]
+        chunks = divided(window, 8)
+        pairs = divided(tile.lines, 2) if tile.groups == 1 else divided(tile.groups, 2) * tile.lines
+        sets = divided(pairs, 8)
+        line_chunks = divided(window + 8 * (tile.groups - 1) * across.stride, 8)
+        if tile.groups == 1:
+            words, planes, plane_lines = 2 * chunks, 2 * line_chunks, divided(tile.lines, 2)
+            rows_of = [1] * planes
+        else:
+            words, planes, plane_lines = across.stride + chunks, 2 * across.stride, tile.lines
+            rows_of = [divided(line_chunks - plane, planes) for plane in range(planes)]
+        plane_at = [sum(rows_of[:plane]) * plane_lines for plane in range(planes + 1)]
+        reached = [plane_at[w % planes] + w // planes * plane_lines + 8 * sets for w in range(words)]
+        x_chunks = max(plane_at[-1], *reached)
+        is_narrow = narrow(problem, tile, across.padding, line_chunks)
+        x_positions = min(across.size, 8 * line_chunks - across.padding) if is_narrow else 8 * line_chunks
+        g_positions = across.out if is_narrow else 8 * tile.groups
+
+        def chunk_bytes(channels: int) -> int:
+            return up(8 * up(2 * channels, 32, 16), 128, 32)
+
+        def pieces(positions: int, channels: int, elements: int) -> int:
+            return divided(tile.lines * positions * channels // elements, 32 * tile.warps)
+
+        rows, live = min(along.stride, tile.taps[0]), divided(tile.taps[0], along.stride)
+        own_pairs, x_pairs = tile.own // 2, tile.own // 2 // m
+        stage_bytes = rows * x_chunks * chunk_bytes(x_channels)
+        stage_bytes += 2 * up(8 * sets * chunk_bytes(tile.channels), 128, 64)
+        registers = own_pairs * (4 * tile.taps[0] * chunks + 4 * live * sets + 4 * problem.bias)
+        groups_of_channels = divided(problem.out_channels, tile.channels)
+        x_pieces = pieces(x_positions, x_channels, x_elements)
+        g_pieces = pieces(g_positions, tile.channels, g_elements)
+        return Layout(
+            lead=0,
+            width=across.size if is_narrow else 0,
+            x_bytes=2 * x_elements,
+            g_bytes=2 * g_elements,
+            x_pieces=x_pieces,
+            g_pieces=g_pieces,
+            stage_bytes=stage_bytes,
+            gate_bytes=16,
+            flying_bytes=2 * tile.lines * (rows * x_positions * x_channels + g_positions * tile.channels),
+            together_bytes=2 * (tile.channels if groups_of_channels > 1 else tile.channels * g_positions),
+            row_bytes=2 * 8 * chunks * 9 * 4,
+            products=own_pairs * chunks * sets,
+            loads=(sets * (2 * words + 4 * own_pairs * chunks), 4 * sets),
+            registers=registers
+            + own_pairs * 4 * sets
+            + 2 * words * x_pairs
+            + 4
+            + PIECE_REGISTERS * (x_pieces + g_pieces),
+        )
+
+    def tiles(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
+        m = problem.multiplier
+        if m > 4:
+            return
+        for turned in (False, True):
+            along, across = axes(problem, turned)[0], across_axis(problem, turned)
+            width = divided(across.out, across.classes)
+            if turned and (along.out == 1 or up(width, 8) > 1.2 * width or along.filter <= across.filter):
+                continue
+            columns = [across.filter] if across.filter <= 64 else []
+            columns += [taps for taps in (9, 25, 41) if taps < across.filter]
+            for taps_b in columns:
+                for groups, lines in line_shapes(width, SET):
+                    if 1 < groups < SET - 1 and groups % 2:
+                        lines = max(1, SET // (groups + 1))
+                    all_lines = problem.batch * across.classes * divided(width, 8 * groups)
+                    for own, sets in ((8, 1), (4, 1), (4, 2), (2, 1), (2, 2)):
+                        fitting = max(1, min(sets * lines, all_lines))
+                        if own % (2 * m) or fitting <= (sets - 1) * lines:
+                            continue
+                        for taps_a in self._tap_rows(problem, turned, taps_b, groups, fitting, own):
+                            for warps in (16, 12, 8, 6, 4, 9, 10, 5, 3):
+                                tile = Tile(turned, (taps_a, taps_b), groups, fitting, own, warps)
+                                if warps * own > up(problem.out_channels, 8 * m) or warps * own % (8 * m):
+                                    continue
+                                one = self.layout(problem, tile)
+                                if isinstance(one, str) or one.x_pieces * min(along.stride, taps_a) + one.g_pieces > 16:
+                                    continue
+                                for each in with_residents(
+                                    device,
+                                    tile,
+                                    one.registers + OTHER_REGISTERS,
+                                    one.stage_bytes + one.gate_bytes,
+                                    MOST_STAGES,
+                                ):
+                                    yield each
+                                    if min(one.x_bytes, one.g_bytes) == 16:
+                                        yield replace(each, cached=False)
+
+    def _tap_rows(
+        self, problem: DepthwiseProblem, turned: bool, taps_b: int, groups: int, lines: int, own: int
+    ) -> list[int]:
+        """Rows of taps of a tile that fit in registers."""
+        filter_a = axes(problem, turned)[0].filter
+
+        def fits(rows: int) -> bool:
+            one = self.layout(problem, Tile(turned, (rows, taps_b), groups, lines, own))
+            return not isinstance(one, str) and one.registers <= MOST_REGISTERS
+
+        most = max((rows for rows in range(1, min(filter_a, 32) + 1) if fits(rows)), default=0)
+        return tap_rows(filter_a, most) if most else []
