@@ -69,7 +69,6 @@ def _save(
 ) -> None:
     """Keeps what the backward needs; it computes the sum again where the epilogue's gradients ask for it."""
     ctx.geometry, ctx.activation = geometry, activation
-    ctx.bias_size = None if bias is None else list(bias.shape)
     ctx.save_for_backward(x, weight, None if activation is None and scale is None else bias, scale)
 
 
