@@ -220,89 +220,96 @@ def _left_to_torch(tensor: Tensor) -> bool:
     return not tensor.is_cuda and emulator.active() is None
 
 
-def _layout(channels_last: bool) -> Layout:
-    return "channels_last" if channels_last else "channels_first"
-
-
 def _run_input_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
+    grad: Tensor, weight: Tensor, shape: tuple[int, ...], geometry: Geometry, layout: Layout
 ) -> Tensor:
-    geometry, layout = geometry_of(tuple(stride), tuple(padding), tuple(dilation)), _layout(channels_last)
     if _left_to_torch(grad):
-        x = empty(grad, (1,) * len(shape), "channels_first").expand(tuple(shape))
+        x = empty(grad, (1,) * len(shape), "channels_first").expand(shape)
         found = torch_gradients(grad, x, weight, geometry, (True, False, False))[0]
         assert found is not None
         return in_layout(found, layout)
-    return input_gradient(grad, weight, tuple(shape), geometry, layout)
+    return input_gradient(grad, weight, shape, geometry, layout)
 
 
 def _trace_input_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
+    grad: Tensor, weight: Tensor, shape: tuple[int, ...], geometry: Geometry, layout: Layout
 ) -> Tensor:
-    layout = _layout(channels_last)
     if is_watched():
-        geometry = geometry_of(tuple(stride), tuple(padding), tuple(dilation))
         dense = in_layout(without_data(grad), layout)
         problem = gradient_problem("grad_input", dense, shape, weight.shape, geometry, layout=layout)
         note_traced(problem, grad.get_device())
-    return empty(grad, tuple(shape), layout)
+    return empty(grad, shape, layout)
 
 
 def _run_filter_gradient(
-    x: Tensor,
-    grad: Tensor,
-    filter: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    bias: bool,
-    channels_last: bool,
+    x: Tensor, grad: Tensor, taps: tuple[int, ...], geometry: Geometry, bias: bool, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    geometry, layout = geometry_of(tuple(stride), tuple(padding), tuple(dilation)), _layout(channels_last)
     if _left_to_torch(x):
-        weight = x.new_empty((1,) * x.dim()).expand(grad.shape[1], 1, *filter)
+        weight = x.new_empty((1,) * x.dim()).expand(grad.shape[1], 1, *taps)
         _, grad_weight, grad_bias = torch_gradients(grad, x, weight, geometry, (False, True, bias))
         assert grad_weight is not None
         return grad_weight.contiguous(), grad_bias if bias and grad_bias is not None else x.new_empty(0)
-    return filter_gradient(x, grad, tuple(filter), geometry, bias, layout)
+    return filter_gradient(x, grad, taps, geometry, bias, layout)
 
 
 def _trace_filter_gradient(
-    x: Tensor,
-    grad: Tensor,
-    filter: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    bias: bool,
-    channels_last: bool,
+    x: Tensor, grad: Tensor, taps: tuple[int, ...], geometry: Geometry, bias: bool, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    layout, weight_shape = _layout(channels_last), (grad.shape[1], 1, *filter)
+    weight_shape = (grad.shape[1], 1, *taps)
     if is_watched():
-        geometry = geometry_of(tuple(stride), tuple(padding), tuple(dilation))
-        dense, image = in_layout(without_data(grad), layout), without_data(x)
-        image = image if admits(image, layout) else in_layout(image, layout)
+        image, dense = _readable(without_data(x), layout), in_layout(without_data(grad), layout)
         problem = gradient_problem("grad_weight", dense, x.shape, weight_shape, geometry, image, bias, layout)
         note_traced(problem, x.get_device())
     return x.new_empty(weight_shape), x.new_empty(grad.shape[1] if bias else 0)
 
 
-for _name, _run, _trace in (
-    ("input_gradient", _run_input_gradient, _trace_input_gradient),
-    ("filter_gradient", _run_filter_gradient, _trace_filter_gradient),
+def _input_gradient_operator(run: Any) -> Any:
+    """The operator's signature over a function of (grad, weight, shape, geometry, layout)."""
+
+    def operator(
+        grad: Tensor,
+        weight: Tensor,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        channels_last: bool,
+    ) -> Tensor:
+        geometry = geometry_of(tuple(stride), tuple(padding), tuple(dilation))
+        of_x: Tensor = run(grad, weight, tuple(shape), geometry, _layout(channels_last))
+        return of_x
+
+    return operator
+
+
+def _filter_gradient_operator(run: Any) -> Any:
+    """The operator's signature over a function of (x, grad, taps, geometry, bias, layout)."""
+
+    def operator(
+        x: Tensor,
+        grad: Tensor,
+        filter: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        bias: bool,
+        channels_last: bool,
+    ) -> tuple[Tensor, Tensor]:
+        geometry = geometry_of(tuple(stride), tuple(padding), tuple(dilation))
+        found: tuple[Tensor, Tensor] = run(x, grad, tuple(filter), geometry, bias, _layout(channels_last))
+        return found
+
+    return operator
+
+
+def _layout(channels_last: bool) -> Layout:
+    return "channels_last" if channels_last else "channels_first"
+
+
+for _name, _operator, _run, _trace in (
+    ("input_gradient", _input_gradient_operator, _run_input_gradient, _trace_input_gradient),
+    ("filter_gradient", _filter_gradient_operator, _run_filter_gradient, _trace_filter_gradient),
 ):
-    LIBRARY.impl(_name, _run, "CUDA")
-    LIBRARY.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"dwconv::{_name}", _trace, lib=LIBRARY)
+    for _device in ("CUDA", "CPU"):
+        LIBRARY.impl(_name, _operator(_run), _device)
+    torch.library.register_fake(f"dwconv::{_name}", _operator(_trace), lib=LIBRARY)
