@@ -42,10 +42,12 @@ def convolution(
 ) -> Tensor:
     """The operator, by the shortest way that the tensors allow, with gradients where some are required."""
     y: Tensor
-    if not torch.compiler.is_compiling() and transforms.is_transformed():
-        y = transforms.convolution(x, weight, bias, geometry, extras)
-    elif torch.compiler.is_compiling() or not takes_now(x, weight, bias, extras):
-        y = torch.ops.dwconv.convolution(*operator_arguments(x, weight, bias, geometry, extras or NO_EXTRAS))
+    compiling = torch.compiler.is_compiling()
+    if compiling or not takes_now(x, weight, bias, extras):
+        if not compiling and transforms.is_transformed():
+            y = transforms.convolution(x, weight, bias, geometry, extras)
+        else:
+            y = torch.ops.dwconv.convolution(*operator_arguments(x, weight, bias, geometry, extras or NO_EXTRAS))
     elif torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad

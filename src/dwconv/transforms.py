@@ -7,7 +7,7 @@ depend on each other, so what vmap maps over becomes more channels; or more imag
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ Dims = tuple[int | None, ...]
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, looks at what is computed."""
+    """Whether a transform of torch.func, or forward-mode differentiation, looks at what is computed.
+
+    `ops.takes_now` looks at the same: ask only where that is false, so that eager calls don't pay twice.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -125,6 +128,17 @@ class _Convolution(_Bilinear):
         return y.unflatten(1, (count, -1)), 1
 
 
+def _along(operator: Callable[..., Tensor], ctx: Any, of_first: Tensor | None, of_second: Tensor | None) -> Tensor:
+    """The derivative of a `_Bilinear` operator along directions of its two tensors, of which one may be missing."""
+    first, second = ctx.saved_tensors
+    parts = []
+    if of_first is not None:
+        parts.append(operator(of_first, second, *ctx.others))
+    if of_second is not None:
+        parts.append(operator(first, of_second, *ctx.others))
+    return _sum(parts)
+
+
 class _InputGradient(_Bilinear):
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, shape: Sequence[int], geometry: Geometry, last: bool) -> Tensor:
@@ -144,13 +158,7 @@ class _InputGradient(_Bilinear):
 
     @staticmethod
     def jvp(ctx: Any, of_grad: Tensor | None, of_weight: Tensor | None, *_: None) -> Tensor:
-        grad, weight = ctx.saved_tensors
-        parts = []
-        if of_grad is not None:
-            parts.append(_input_gradient(of_grad, weight, *ctx.others))
-        if of_weight is not None:
-            parts.append(_input_gradient(grad, of_weight, *ctx.others))
-        return _sum(parts)
+        return _along(_input_gradient, ctx, of_grad, of_weight)
 
     @staticmethod
     def vmap(
@@ -185,13 +193,7 @@ class _FilterGradient(_Bilinear):
 
     @staticmethod
     def jvp(ctx: Any, of_x: Tensor | None, of_grad: Tensor | None, *_: None) -> Tensor:
-        x, grad = ctx.saved_tensors
-        parts = []
-        if of_x is not None:
-            parts.append(_filter_gradient(of_x, grad, *ctx.others))
-        if of_grad is not None:
-            parts.append(_filter_gradient(x, of_grad, *ctx.others))
-        return _sum(parts)
+        return _along(_filter_gradient, ctx, of_x, of_grad)
 
     @staticmethod
     def vmap(
