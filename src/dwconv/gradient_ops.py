@@ -5,7 +5,6 @@ With the convolution they are closed: the gradients of each are the other two.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import emulator
-from .choose import choose, ranked
-from .compile import compile_first
+from .choose import choose
 from .device import preset
-from .launch import Launch, device_spec, launcher
-from .ops import LIBRARY, MAX_PREPARED, geometry_of, is_watched, note_traced, without_data
+from .launch import Launch
+from .ops import LIBRARY, MAX_PREPARED, geometry_of, is_watched, note_traced, prepared, without_data
 from .plan import Plan
 from .problem import DepthwiseProblem, Layout
 from .tensors import Geometry, admits, empty, gradient_problem, in_layout
@@ -61,13 +59,6 @@ def torch_gradients(
         window = [slice(before, before + size) for (before, _), size in zip(extra, x.shape[2:], strict=True)]
         grad_x = grad_x[(slice(None), slice(None), *window)]
     return grad_x, grad_weight, grad_bias
-
-
-@functools.lru_cache(maxsize=MAX_PREPARED)
-def prepared_gradient(problem: DepthwiseProblem, index: int) -> tuple[Plan, Launch]:
-    """Problem -> plan -> compiled kernel -> launcher, once for each problem and device."""
-    plan, compiled = compile_first(ranked(problem, device_spec(index)))
-    return plan, launcher(plan, compiled, index)
 
 
 # Zeros for blocks that count each other, by device and stream: every launch leaves them zero again.
@@ -126,7 +117,7 @@ def input_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, ...], geometr
     if ready is None:
         dense = in_layout(grad, layout)
         problem = gradient_problem("grad_input", dense, shape, weight.shape, geometry, layout=layout)
-        plan, launch = prepared_gradient(problem, index) if 0 not in shape else (None, None)
+        plan, launch = prepared(problem, index) if 0 not in shape else (None, None)
         ready = _remembered(key, _Ready(plan, launch, False, dense is not grad))
     if ready.copies_grad:
         grad = in_layout(grad, layout)
@@ -156,7 +147,7 @@ def filter_gradient(
         image, dense = _readable(x, layout), in_layout(grad, layout)
         weight_shape = (grad.shape[1], 1, *taps)
         problem = gradient_problem("grad_weight", dense, x.shape, weight_shape, geometry, image, bias, layout)
-        plan, launch = prepared_gradient(problem, index) if x.numel() else (None, None)
+        plan, launch = prepared(problem, index) if x.numel() else (None, None)
         ready = _remembered(key, _Ready(plan, launch, image is not x, dense is not grad))
     if ready.copies_x:
         x = in_layout(x, layout)

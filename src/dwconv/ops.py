@@ -19,6 +19,7 @@ from .choose import choose, ranked
 from .compile import compile_first
 from .device import preset
 from .launch import Launch, device_spec, launcher
+from .plan import Plan
 from .problem import DepthwiseProblem, Layout, dense_strides
 from .tensors import (
     NO_EXTRAS,
@@ -105,9 +106,10 @@ def torch_epilogue(y: Tensor, extras: Extras) -> Tensor:
 
 
 @functools.lru_cache(maxsize=MAX_PREPARED)
-def prepared_convolution(problem: DepthwiseProblem, index: int) -> Launch:
+def prepared(problem: DepthwiseProblem, index: int) -> tuple[Plan, Launch]:
     """Problem -> plan -> compiled kernel -> launcher; the whole flow, once for each problem and device."""
-    return launcher(*compile_first(ranked(problem, device_spec(index))), index)
+    plan, compiled = compile_first(ranked(problem, device_spec(index)))
+    return plan, launcher(plan, compiled, index)
 
 
 class _Prepared(NamedTuple):
@@ -164,7 +166,7 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
         _prepared.clear()
     shape, layout = problem.y_shape, problem.layout
     return _Prepared(
-        launch=_nothing if 0 in shape else prepared_convolution(problem, x.get_device()),
+        launch=_nothing if 0 in shape else prepared(problem, x.get_device())[1],
         y_shape=shape,
         y_strides=None if layout == "channels_first" else dense_strides(shape, layout),
         layout=layout,

@@ -15,9 +15,7 @@ from .choose import choose
 from .compile import compile_many
 from .device import preset
 from .errors import DepthwiseError
-from .gradient_ops import prepared_gradient
 from .launch import device_spec
-from .ops import prepared_convolution
 from .problem import DepthwiseProblem
 
 
@@ -64,7 +62,7 @@ def prepare(module: nn.Module, *inputs: Any, **keywords: Any) -> int:
     on_gpu = [(problem, index) for problem, index in problems if index >= 0]
     compile_many(choose(problem, device_spec(index)) for problem, index in on_gpu)
     for problem, index in on_gpu:
-        (prepared_convolution if problem.direction == "forward" else prepared_gradient)(problem, index)
+        ops.prepared(problem, index)
     if emulation is not None:
         plans = (choose(p, preset(emulation.arch), emulation.variant_for(p)) for p, index in problems if index < 0)
         emulator.build_many(plans)

@@ -112,18 +112,18 @@ def test_epilogue(activation):
 def launched(monkeypatch):
     """The addresses that kernels were launched with."""
     seen = []
-    real = ops.prepared_convolution
+    real = ops.prepared
 
-    def launcher_of(problem, index):
-        launch_now = real(problem, index)
+    def prepared(problem, index):
+        plan, launch_now = real(problem, index)
 
         def launch_and_tell(*addresses):
             seen.append(addresses)
             launch_now(*addresses)
 
-        return launch_and_tell
+        return plan, launch_and_tell
 
-    monkeypatch.setattr(ops, "prepared_convolution", launcher_of)
+    monkeypatch.setattr(ops, "prepared", prepared)
     ops._prepared.clear()
     yield seen
     ops._prepared.clear()
