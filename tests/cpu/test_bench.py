@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dwconv.bench import host, report, results, suites
+from dwconv.bench import classes, host, report, results, suites
 from dwconv.bench.results import CaseResult, Conditions, Missing, Report
 from dwconv.bench.run import Settings, check, merge, run, run_case
 from dwconv.bench.timing import LEAST_ROUNDS, CudaClock, Timing, copy_contender, measure, require_gpu
@@ -281,17 +281,17 @@ def test_the_faster_one_of_eager_and_compile_is_what_counts() -> None:
 )
 def test_problem_classes(size: tuple[int, ...], taps: tuple[int, ...], expected: str) -> None:
     problem = DepthwiseProblem(16, 64, size, taps)
-    assert results.problem_class(problem) == expected
-    half = results.problem_class(dataclasses.replace(problem, dtype="float16"))
+    assert classes.problem_class(problem) == expected
+    half = classes.problem_class(dataclasses.replace(problem, dtype="float16"))
     assert half == {"7×7, float32": "7×7, 16 bits"}.get(expected, half)
-    assert half in results.TARGETS
+    assert half in classes.TARGETS
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_case_has_a_class_with_a_target(suite: str) -> None:
     for name, problem in suites.select(suites.load_suite(suite)):
-        found = results.problem_class(problem)
-        assert found in results.TARGETS, name
+        found = classes.problem_class(problem)
+        assert found in classes.TARGETS, name
 
 
 def test_json_round_trip() -> None:
