@@ -69,15 +69,6 @@ __device__ __forceinline__ void load_matrices(unsigned (&a)[4], const void* memo
 }
 #endif
 
-// Keeps a value in a register that the compiler would rather find again in each iteration.
-template <class T>
-__device__ __forceinline__ void keep(T& value) {
-    static_assert(sizeof(T) == 4, "a register has 32 bits");
-#ifndef DWCONV_EMULATOR
-    asm volatile("" : "+r"(value));
-#endif
-}
-
 // The bands of a filter. C::kLead: columns of shared memory in front of the input's first one.
 template <class C>
 struct Band {

@@ -135,6 +135,15 @@ __device__ __forceinline__ void load_shared_4(const T* address, T* into) {
     }
 }
 
+// Keeps a value in a register that the compiler would rather find again in each iteration.
+template <class T>
+__device__ __forceinline__ void keep(T& value) {
+    static_assert(sizeof(T) == 4, "a register has 32 bits");
+#ifndef DWCONV_EMULATOR
+    asm volatile("" : "+r"(value));
+#endif
+}
+
 #ifndef DWCONV_EMULATOR  // the emulator has its own: a buffer of exactly the size asked for, poisoned
 // The block's dynamic shared memory.
 template <class T>

@@ -85,14 +85,6 @@ struct CopyPlace {
 #endif
 };
 
-// A number that is kept in a register for the same reason.
-__device__ __forceinline__ unsigned kept(unsigned value) {
-#ifdef DWCONV_ASYNC_COPIES
-    asm volatile("mov.u32 %0, %0;" : "+r"(value));
-#endif
-    return value;
-}
-
 // Copies Bytes to `offset` bytes behind a place, or writes zeros where `exists` is 0. The predicate costs an
 // instruction; a number of bytes, as copy_piece_or_zero has it, five.
 template <int Bytes, bool Cached>

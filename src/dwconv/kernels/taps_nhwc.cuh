@@ -39,11 +39,14 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     // What the lane reads: bytes from the start of shared memory to its channels in g, and in x.
     const unsigned channels = place.tile % W::kTiles * W::kChannels + threadIdx.x % 32 % C::kLanes * C::kVector;
     const unsigned warp_stages = threadIdx.x / 32 * (C::kStages * kStageBytes);
-    const unsigned g_own = kept(warp_stages + channels * static_cast<unsigned>(sizeof(Element)));
-    const unsigned x_own =
-        (C::kMultiplier == 1 ? g_own
-                             : kept(warp_stages + channels / C::kMultiplier * static_cast<unsigned>(sizeof(Element)))) +
-        W::kGElements * static_cast<unsigned>(sizeof(Element));
+    unsigned g_own = warp_stages + channels * static_cast<unsigned>(sizeof(Element));
+    keep(g_own);
+    unsigned x_own = g_own;
+    if constexpr (C::kMultiplier > 1) {
+        x_own = warp_stages + channels / C::kMultiplier * static_cast<unsigned>(sizeof(Element));
+        keep(x_own);
+    }
+    x_own += W::kGElements * static_cast<unsigned>(sizeof(Element));
     TapsSums<C> taps;
     TapsSegment<C> segment;
     unsigned stage = 0, next_stage = (C::kStages - 1) * kStageBytes;  // in bytes

@@ -250,8 +250,8 @@ struct TapsCopies {
 #pragma unroll
         for (int k = 0; k < W::kXCopies; ++k)
             if (tile < W::kTiles && x_first + k * W::kXStep < kXTargets) x_wanted |= 1u << k;
-        g_wanted = kept(g_wanted);
-        x_wanted = kept(x_wanted);
+        keep(g_wanted);
+        keep(x_wanted);
         begin(tensors, sizes);
     }
 
