@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, legal, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT, Variant
-from .direct_tiles import Cut, Tile, best_cut, chunk_of, filter_bytes, lines_of, stage_bytes, staged_bytes, vectors
+from .direct_tiles import Tile, best_cut, chunk_of, filter_bytes, lines_of, stage_bytes, staged_bytes, vectors
+from .nhwc_tiles import Cut, tiling_of
 from .strips import too_long, widest, window_columns, window_rows
 
 MAX_TAPS = 32
@@ -165,6 +166,7 @@ class DirectNhwc(Variant):
         step = workers if tile.each == 0 else 1
         if max(workers * chunks, one.tiles + step * (each + tile.stages)) > GRID_X_LIMIT:
             return rejected(f"{tiles} tiles of {chunks} chunks can't be numbered in 31 bits")
+        slots = tile.threads // (tile.chunk // problem.multiplier // tile.copy)
         constants = problem_constants(problem) | {
             "THREADS": tile.threads,
             "MIN_BLOCKS": tile.min_blocks,
@@ -178,7 +180,6 @@ class DirectNhwc(Variant):
             "KEEP_FILTER": int(tile.kept),
             "MANY_IMAGES": int(one.images > 1),
         }
-        divisors = (chunks, one.column_tiles, one.row_tiles, one.column_groups, one.row_groups)
         return Plan(
             problem=problem,
             device=device,
@@ -188,16 +189,7 @@ class DirectNhwc(Variant):
             block=(tile.threads, 1, 1),
             shared_bytes=shared_bytes,
             sizes=problem_sizes(problem),
-            tiling=(
-                *(field for divisor in (*divisors, one.in_columns, one.in_rows) for field in fast_divisor(divisor)),
-                one.images,
-                problem.batch,
-                one.tiles,
-                first,
-                step,
-                each,
-                max(1, tile.threads // (tile.chunk // problem.multiplier // tile.copy) // one.in_columns),
-            ),
+            tiling=tiling_of(one, problem.batch, chunks, slots, first, step, each),
             tile=f"{tile}, tiles of {one.images} × {one.row_groups * tile.rows} × {one.column_groups * tile.columns}",
             predicted_seconds=seconds(problem, device, tile, one, shared_bytes, each, workers * chunks),
         )

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..problem import DepthwiseProblem
+from .nhwc_tiles import Cut
 from .strips import widest
 
 
@@ -42,25 +43,6 @@ class Tile:
             f"{self.rows} rows × {self.columns} columns × {self.vector} channels a thread, {self.chunk} channels and "
             f"{self.threads} threads a block, {self.stages} stages{filters}{least}"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How images are cut: threads side by side and one above the other in a tile, and images of a tile."""
-
-    column_groups: int
-    row_groups: int
-    images: int
-    column_tiles: int
-    row_tiles: int
-    in_columns: int
-    in_rows: int
-    tiles: int
-
-    @property
-    def pixels(self) -> int:
-        """Input pixels of a tile with its halo."""
-        return self.in_columns * self.in_rows * self.images
 
 
 def cut(problem: DepthwiseProblem, tile: Tile, column_groups: int, row_groups: int) -> Cut:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
+from .nhwc_tiles import Cut, tiling_of
 from .phases import MAX_PRODUCTS, g_strides, norm, out_of_reach, reaches, rounds
 from .strips import divided, too_long, up, widest
 
@@ -51,20 +52,6 @@ class Tile:
     def spots(self) -> int:
         """Threads of a block that work on the same channels."""
         return self.threads * self.vector // self.chunk
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How images are cut: threads side by side and one above the other in a tile, and images of a tile."""
-
-    column_groups: int
-    row_groups: int
-    images: int
-    column_tiles: int
-    row_tiles: int
-    in_columns: int
-    in_rows: int
-    tiles: int
 
 
 class PhasesNhwc(Variant):
@@ -181,7 +168,6 @@ class PhasesNhwc(Variant):
             "STAGED": int(tile.staged),
             "MANY_IMAGES": int(one.images > 1),
         }
-        divisors = (chunks, one.column_tiles, one.row_tiles, one.column_groups, one.row_groups)
         return Plan(
             problem=problem,
             device=device,
@@ -191,16 +177,7 @@ class PhasesNhwc(Variant):
             block=(tile.threads, 1, 1),
             shared_bytes=filter_bytes(problem, tile) + stage_bytes(problem, tile, one),
             sizes=problem_sizes(problem),
-            tiling=(
-                *(field for divisor in (*divisors, one.in_columns, one.in_rows) for field in fast_divisor(divisor)),
-                one.images,
-                problem.batch,
-                one.tiles,
-                1,
-                1,
-                1,
-                max(1, slots // one.in_columns),
-            ),
+            tiling=tiling_of(one, problem.batch, chunks, slots),
             tile=f"{tile}, {one.images} × {one.row_groups} × {one.column_groups} of them",
             predicted_seconds=seconds(problem, device, tile, one),
         )
@@ -244,7 +221,7 @@ def filter_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
 
 
 def stage_bytes(problem: DepthwiseProblem, tile: Tile, one: Cut) -> int:
-    elements = one.in_rows * one.in_columns * one.images * tile.chunk * problem.multiplier
+    elements = one.pixels * tile.chunk * problem.multiplier
     return up(elements * problem.element_bytes, 16) if tile.staged else 0
 
 
@@ -278,7 +255,7 @@ def best_cut(problem: DepthwiseProblem, tile: Tile, most_bytes: int) -> Cut | No
             one = cut(problem, tile, column_groups, row_groups)
             if stage_bytes(problem, tile, one) > most_bytes:
                 continue
-            g_bytes = one.in_rows * one.in_columns * one.images * pixel
+            g_bytes = one.pixels * pixel
             clocks = max(1, one.tiles) * (tile.threads * thread / 100 + g_bytes / 20)
             if clocks < least:
                 found, least = one, clocks
@@ -320,7 +297,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     if tile.chunk < problem.channels:
         again += (32 - math.gcd(piece, 32) + 0.2 * (128 - math.gcd(piece, 128))) / piece
     outputs = math.prod(problem.x_shape) * element
-    g_bytes = one.in_rows * one.in_columns * one.images * tile.chunk * problem.multiplier * element * blocks
+    g_bytes = one.pixels * tile.chunk * problem.multiplier * element * blocks
     dram = 0.9 * problem.least_bytes / (device.dram_gbs * 1e9)
     l2 = (0.58 * g_bytes + 0.94 * outputs * again) / (device.dram_gbs * 1e9)
     needed = registers(problem, tile.rows, tile.columns, tile.vector, tile.staged)
