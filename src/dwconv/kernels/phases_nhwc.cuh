@@ -4,8 +4,8 @@
 //   A thread takes kRows x kColumns places of g and makes the (kRows*SH) x (kColumns*SW) pixels of dx that begin there,
 //   kVector channels of each (phases.cuh). A block takes kChunk channels of column_groups * row_groups threads' tiles,
 //   one beside and above the other, of one image or several (nhwc_tiles.cuh, whose tiles are of places of g here).
-//   Places of g wait in registers: all are loaded before the first use; or, staged, a block's in shared memory. Where
-//   the stride is 1 (a multiplier), they come from there row by row.
+//   Places of g wait in registers: all are loaded before the first use; or, staged (where the stride is 1), a block's
+//   in shared memory, from where they come row by row.
 //   grid.x = ceil(C / kChunk) * tiles
 //   least DRAM traffic: g + w + dx, once each; halo pixels of g between blocks come from L2
 #pragma once
@@ -240,6 +240,7 @@ __device__ __forceinline__ void phases_nhwc(const Tensors<typename C::Element>& 
     using Sum = typename Tile::Sum;
     static_assert(C::kChunk % C::kVector == 0, "kVector must divide kChunk: a thread owns whole vectors");
     static_assert(C::kVector * C::kMultiplier % C::kLoad == 0, "kLoad must divide a thread's channels of g");
+    static_assert(!C::kStaged || C::kStrideH * C::kStrideW == 1, "kStaged asks for one phase: march makes no more");
 
     unsigned char* memory = shared_memory<unsigned char>();
     Sum* filter = reinterpret_cast<Sum*>(memory);
@@ -302,21 +303,10 @@ __device__ __forceinline__ void phases_nhwc(const Tensors<typename C::Element>& 
         const int pitch = in_columns * (C::kChunk * C::kMultiplier);
         const T* line = stage + (static_cast<int>(image_here) * in_rows + row) * pitch +
                         column * (C::kChunk * C::kMultiplier) + lane * (C::kVector * C::kMultiplier);
-        if constexpr (C::kStrideH * C::kStrideW == 1) {
-            march<C>(line, pitch, filter, y, row_step, channels, rows, columns);
-            return;
-        }
-#pragma unroll
-        for (int a = 0; a < Tile::kWindowRows; ++a, line += pitch) {
-            if (!Tile::Rows::reads(a, C::kRows)) continue;
-#pragma unroll
-            for (int b = 0; b < Tile::kWindowColumns; ++b)
-                if (Tile::Columns::reads(b, C::kColumns))
-                    window[a][b].template load<true>(line + b * (C::kChunk * C::kMultiplier), true);
-        }
-    }
-    if constexpr (!C::kStaged || C::kStrideH * C::kStrideW > 1)
+        march<C>(line, pitch, filter, y, row_step, channels, rows, columns);
+    } else {
         make_pixels<C>(window, filter, y, row_step, channels, rows, columns);
+    }
 }
 
 }  // namespace dwconv

@@ -26,7 +26,7 @@ class Tile:
     Attributes:
         chunk: channels of dx of a block.
         load, copy: elements of g that a thread loads, or copies to shared memory, with one instruction.
-        staged: whether a block's part of g waits in shared memory, not in registers.
+        staged: whether a block's part of g waits in shared memory, not in registers; only where the stride is 1.
         threads: of a block.
         min_blocks: blocks that a multiprocessor should hold, which limits a thread's registers.
     """
@@ -187,7 +187,7 @@ def registers(problem: DepthwiseProblem, rows: int, columns: int, vector: int, s
     """Registers that a thread can do with: g as it lies in memory, the sums of one phase, a tap, and addresses."""
     (row, column), element = reaches(problem), problem.element_bytes
     numbers = (columns + column.span - 1) * vector * problem.multiplier
-    if staged and max(problem.stride) == 1:  # one row of g, unfinished rows of sums, and the filter
+    if staged:  # one row of g, unfinished rows of sums, and the filter
         taps = problem.taps * problem.multiplier * vector
         sums = min(rows, row.span) * columns * vector
         return (numbers + sums + (taps if taps <= KEPT else vector + 16)) * max(1, element // 4) + 34
