@@ -98,7 +98,31 @@ def plans_of(given, most=MOST):
     return plans[:: max(1, -(-(len(plans) - 1) // (most - 1)))] if most > 1 else plans[:1]
 
 
+# Several taps of the depth a lane: all of them, or tiles with taps that do not exist; one tile a warp, or more.
+DEPTHS = [
+    (problem(2, 40, (5, 7, 9), 3, padding=1, bias=True), Tile(False, (3, 3), 4, 32, 1, warps=2, depth_taps=3)),
+    (problem(2, 40, (5, 7, 9), 3, padding=1), Tile(False, (3, 3), 5, 8, 1, warps=3, depth_taps=2)),
+    (problem(1, 64, (4, 6, 9), (5, 3, 5), padding=2), Tile(False, (3, 5), 4, 32, 1, stages=2, depth_taps=3)),
+    (
+        problem(2, 24, (9, 8, 11), (3, 3, 5), stride=(2, 1, 2), padding=2, dilation=(3, 1, 1), dtype="bfloat16"),
+        Tile(False, (3, 5), 3, 8, 2, warps=3, stages=3, depth_taps=2),
+    ),
+    (
+        problem(3, 16, (2, 5, 6), (4, 3, 3), padding=((4, 3), (1, 1), (1, 1)), bias=True, dtype="float16"),
+        Tile(True, (3, 2), 5, 8, 1, warps=2, depth_taps=3),
+    ),
+    (
+        problem(2, 32, (3, 9, 8), (2, 5, 5), stride=(1, 2, 1), dtype="float64"),
+        Tile(False, (3, 5), 4, 32, 1, warps=4, depth_taps=2),
+    ),
+    (problem(2, 8, (4, 6, 7), 3, padding=1, multiplier=2, bias=True), Tile(False, (3, 3), 7, 16, 1, depth_taps=3)),
+    (
+        problem(2, 8, (4, 5, 6), 3, padding=1, x_strides=(12000, 1, 1500, 160, 16)),
+        Tile(False, (3, 3), 6, 8, 1, depth_taps=3),
+    ),
+]
 TILES = [plan for given in EDGES for plan in plans_of(given)]
+TILES += [plan for given, tile in DEPTHS if isinstance(plan := VARIANT.plan(given, H200, tile), Plan)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,6 +154,12 @@ def test_finite_inputs_need_no_second_computation(plan):
 @pytest.mark.parametrize("plan", TILES, ids=name)
 def test_infinities_beside_zeros_stay_where_they_belong(plan):
     check_filter_gradient(plan, poison=True)
+
+
+def test_tiles_of_several_depth_taps_are_legal():
+    plans = [VARIANT.plan(given, H200, tile) for given, tile in DEPTHS]
+    assert all(isinstance(plan, Plan) for plan in plans), plans
+    assert {dict(plan.constants)["TAPS_D"] for plan in plans if isinstance(plan, Plan)} == {2, 3}
 
 
 def test_the_last_block_adds_many_parts_in_slices():

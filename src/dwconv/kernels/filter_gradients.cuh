@@ -36,6 +36,18 @@ struct MetPlanes {
     __device__ __forceinline__ long long in_x(const Sizes& sizes) const {
         return image * sizes.x_image + x_depth * sizes.x_depth;
     }
+    // A bit for each of Taps neighbouring taps of the depth, from this one on, that the filter has and whose plane of x
+    // exists.
+    template <class C, int Taps>
+    __device__ __forceinline__ unsigned existing(const Sizes& sizes, int depth_tap) const {
+        unsigned found = 0;
+#pragma unroll
+        for (int k = 0; k < Taps; ++k)
+            if (static_cast<unsigned>(x_depth + k * C::kDilationD) < static_cast<unsigned>(sizes.in_d) &&
+                (C::kFilterD % Taps == 0 || depth_tap + k < C::kFilterD))
+                found |= 1u << k;
+        return found;
+    }
 };
 
 // Whether this block is the last of `parts` that call this with the same counter; all threads must call it. What the

@@ -3,15 +3,15 @@
 //                 g[n, d, i, j, c] * x[n, d*SD - PF + t*DD, i*SH - PT + u*DH, j*SW - PL + v*DW, c/M]
 //   db[c]       = sum over images n and outputs (d, i, j) of g[n, d, i, j, c]                    float32 sums
 //   x [N,D,H,W,C]   g [N,OD,OH,OW,C*M]   dw [C*M,KD,KH,KW]   db [C*M] or null     offsets in elements, 64-bit
-//   A lane owns kVector neighbouring channels, and sums of kTapsA x kTapsB taps of each. kLanes lanes are a tile, which
-//   marches down kColumns neighbouring columns of outputs: the rows of g that are met again stay in registers, each row
-//   of x is read once. A warp has its own stages of rows in shared memory, kStages - 1 of them in flight: warps don't
-//   wait for each other. Then the block adds up its tiles, and the last block the blocks, in one order; of many blocks,
-//   the last one of each few neighbours adds up those before.
-//   Planes of volumes count as images, taps of the depth as tiles of taps: a plane of g meets one of x, or none.
-//   grid.x = tiles of taps * groups of kChunks chunks of channels * parts of all output rows, in this order
-//   shared memory: stages [kWarps][kStages] (W::kStage); then sums [kSlab][threads]
-//   least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for more tiles of taps
+//   A lane owns kVector neighbouring channels, and sums of kTapsD x kTapsA x kTapsB taps of each. kLanes lanes are a
+//   tile, which marches down kColumns neighbouring columns of outputs: the rows of g that are met again stay in
+//   registers, each row of x is read once. A warp has its own stages of rows in shared memory, kStages - 1 of them in
+//   flight: warps don't wait for each other. Then the block adds up its tiles, and the last block the blocks, in one
+//   order; of many blocks, the last one of each few neighbours adds up those before. Planes of volumes count as images:
+//   one of g meets kTapsD planes of x, or those of them that exist. grid.x = tiles of taps * groups of kChunks chunks
+//   of channels * parts of all output rows, in this order shared memory: stages [kWarps][kStages] (W::kStage); then
+//   sums [kSlab][threads] least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for
+//   more tiles of taps
 #pragma once
 #include "taps_nhwc_sums.cuh"
 
@@ -74,7 +74,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     wait_for_copies<0>();
 
     // What stands at an index of the block's sums.
-    constexpr int kLanes = C::kChunks * C::kLanes, kTaps = C::kTapsA * C::kTapsB;
+    constexpr int kLanes = C::kChunks * C::kLanes;
     const auto channel_of = [&](int index) {
         return (static_cast<long long>(place.group) * kLanes + index % kLanes) * C::kVector +
                index / kLanes % C::kVector;
@@ -83,10 +83,11 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
         const long long channel = channel_of(index);
         const int tap = index / (kLanes * C::kVector);
         if (channel >= sizes.out_channels) return;
-        if (tap < kTaps) {
-            const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
-            if (u < W::kFilterA && v < W::kFilterB)
-                tensors.dw[(channel * C::kFilterD + place.depth_tap) * W::kPlaneTaps +
+        if (tap < W::kTaps) {
+            const int u = place.tap_a + tap % W::kTileTaps / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
+            const int depth_tap = place.depth_tap + tap / W::kTileTaps;
+            if (u < W::kFilterA && v < W::kFilterB && (C::kFilterD % C::kTapsD == 0 || depth_tap < C::kFilterD))
+                tensors.dw[(channel * C::kFilterD + depth_tap) * W::kPlaneTaps +
                            (W::kTurned ? v * W::kFilterA + u : u * W::kFilterB + v)] = static_cast<Element>(sum);
         } else if (tap < W::kSums && place.tap_tile == 0) {
             tensors.db[channel] = static_cast<Element>(sum);
@@ -122,6 +123,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
 
 #ifndef DWCONV_CONSTANTS  // defaults of the tile
 #define DWCONV_TURNED 0
+#define DWCONV_TAPS_D 1
 #define DWCONV_TAPS_A 3
 #define DWCONV_TAPS_B 3
 #define DWCONV_COLUMNS 7
@@ -143,7 +145,8 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
 
 struct Config : ProblemConfig {
     static constexpr bool kTurned = DWCONV_TURNED;
-    static constexpr int kTapsA = DWCONV_TAPS_A, kTapsB = DWCONV_TAPS_B, kColumns = DWCONV_COLUMNS;
+    static constexpr int kTapsD = DWCONV_TAPS_D, kTapsA = DWCONV_TAPS_A, kTapsB = DWCONV_TAPS_B;
+    static constexpr int kColumns = DWCONV_COLUMNS;
     static constexpr int kLanes = DWCONV_LANES, kVector = DWCONV_VECTOR;
     static constexpr int kWarps = DWCONV_WARPS, kMinBlocks = DWCONV_MIN_BLOCKS, kChunks = DWCONV_CHUNKS;
     static constexpr int kStages = DWCONV_STAGES, kStageSteps = DWCONV_STAGE_STEPS;

@@ -3,12 +3,13 @@
 //   With stride S and dilation D on an axis, q = gcd(S, D): outputs i and inputs r fall into D / q classes that share
 //   no products. In class c, output k is i = c + k * D/q, input m is r = c*S - P + m*D, and tap u joins them where
 //   m = k * S/q + u. So every problem is one with dilation 1, stride S/q, and inputs that lie apart.
-//   A tile of taps is kTapsA x kTapsB of them from (tap_a, tap_b) on: as if there were no others.
+//   A tile of taps is kTapsA x kTapsB of them from (tap_a, tap_b) on, in kTapsD neighbouring taps of the depth from
+//   depth_tap on: as if there were no others.
 //   A line is kColumns neighbouring outputs of one class, image after image. The tiles of a block (kTiles of each of
 //   its kWarps / kChunks warps) take neighbouring lines. A super-line is as many lines as a block has tiles. A position
 //   is an output row of a super-line; a block takes part_rows of them. What it takes of one super-line is a segment; a
 //   step of it brings the row of g that is `step` outputs from the start, and the kStrideA rows of x that its first
-//   taps meet; the row of g meets kLive - 1 steps' rows of x more.
+//   taps meet, in each of the kTapsD planes; the row of g meets kLive - 1 steps' rows of x more.
 #pragma once
 #include "copies.cuh"
 #include "filter_gradients.cuh"
@@ -46,6 +47,7 @@ struct TapsNhwc {
 
     static constexpr int kPlaneTaps = kFilterA * kFilterB;  // of one tap of the depth
     static constexpr int kTapTilesA = ceil_div(kFilterA, C::kTapsA), kTapTilesB = ceil_div(kFilterB, C::kTapsB);
+    static constexpr int kTileTaps = C::kTapsA * C::kTapsB;      // of one tap of the depth
     static constexpr int kLive = ceil_div(C::kTapsA, kStrideA);  // rows of g that a row of x may meet
     static constexpr bool kFlat = C::kStageSteps > 1;            // a stage is several steps of one column
     static constexpr int kRows = kFlat ? kStrideA : smaller(kStrideA, C::kTapsA);  // of x, in a step
@@ -62,14 +64,16 @@ struct TapsNhwc {
     static constexpr int kChannels = C::kLanes * C::kVector;             // of a warp
     static constexpr int kBlockChannels = C::kChunks * kChannels;        // of a block
     static constexpr int kThreads = 32 * C::kWarps;
-    static constexpr int kSums = C::kTapsA * C::kTapsB + (C::kHasBias ? 1 : 0);
+    static constexpr int kTaps = C::kTapsD * kTileTaps, kSums = kTaps + (C::kHasBias ? 1 : 0);
     static constexpr int kValues = kSums * C::kVector;  // of a thread
     // Sums of a block, each added up over its tiles, as whole vectors of 16 bytes.
     static constexpr int kCount = ceil_div(kValues * C::kChunks * C::kLanes, 4) * 4;
 
-    // A stage of a warp: g [steps * kColumns][kTiles][kChannels], x [steps * kRows * kKept][kTiles][kChannels / M].
+    // A stage of a warp: g [steps * kColumns][kTiles][kChannels],
+    // x [steps * kTapsD * kRows * kKept][kTiles][kChannels / M].
     static constexpr int kPitch = kTiles * kChannels, kXPitch = kPitch / C::kMultiplier;
-    static constexpr int kGColumns = C::kStageSteps * C::kColumns, kXColumns = C::kStageSteps * kRows * kKept;
+    static constexpr int kGColumns = C::kStageSteps * C::kColumns;
+    static constexpr int kXColumns = C::kStageSteps * C::kTapsD * kRows * kKept;
     static constexpr int kAlign = 16 / static_cast<int>(sizeof(Element));
     static constexpr int kGElements = ceil_div(kGColumns * kPitch, kAlign) * kAlign;
     static constexpr int kStage = kGElements + ceil_div(kXColumns * kXPitch, kAlign) * kAlign;
@@ -90,6 +94,8 @@ struct TapsNhwc {
     static_assert(C::kWarps % C::kChunks == 0, "kChunks must divide kWarps: each chunk has as many warps");
     static_assert(!kFlat || (C::kColumns == 1 && C::kTapsB == 1), "stages of several steps are of one column");
     static_assert(!kFlat || C::kStageSteps % kLive == 0, "rows of g must be where they were after each stage");
+    static_assert(C::kTapsD == 1 || (C::kVolume && !kFlat), "only rows of volumes meet several planes of x");
+    static_assert(C::kTapsD <= 32, "which planes exist must fit in 32 bits");
     static_assert(C::kWidth == 0 || (kTapTilesB == 1 && kApartB == 1), "kWidth is of whole filter rows");
     static_assert(kGCopies <= 32 && kXCopies <= 32, "which pieces of a row exist must fit in 32 bits");
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");
@@ -112,7 +118,7 @@ struct TapsPlace {
         group = above - part * tiling.chunk_groups.divisor;
         constexpr unsigned kPlaneTiles = W::kTapTilesA * W::kTapTilesB;
         const unsigned of_plane = C::kVolume ? tap_tile % kPlaneTiles : tap_tile;
-        depth_tap = C::kVolume ? static_cast<int>(tap_tile / kPlaneTiles) : 0;
+        depth_tap = C::kVolume ? static_cast<int>(tap_tile / kPlaneTiles) * C::kTapsD : 0;
         tap_a = static_cast<int>(of_plane / W::kTapTilesB) * C::kTapsA;
         tap_b = static_cast<int>(of_plane % W::kTapTilesB) * C::kTapsB;
         const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // tells compilers that it is uniform
@@ -157,6 +163,7 @@ struct TapsSegment {
     int row_class;
     int first, end, last;  // rows of g; the step after the last one
     int base;              // the row of x that the first tap of row 0 meets
+    unsigned planes;       // volumes: a bit for each tap of the depth whose plane of x exists, for any of the lanes
 
     // The next one from `position` on, which it moves. False where there is none; the same for all lanes of a warp.
     __device__ __forceinline__ bool find(unsigned& position, unsigned end_position, const TapsPlace<C>& place,
@@ -171,12 +178,15 @@ struct TapsSegment {
             super_line = line - of_class * tiling.super_lines.divisor;
             const unsigned warp_line = super_line * W::kBlockTiles + place.warp_tile;
             if (warp_line >= tiling.lines) continue;
-            if constexpr (C::kVolume && W::kTiles == 1)
-                if (!(C::kHasBias && place.tap_tile == 0) &&
-                    !MetPlanes::find<C>(TapsLine::find<C>(warp_line, tiling).image, tiling.depths, sizes,
-                                        place.depth_tap)
-                         .exists)
-                    continue;
+            if constexpr (C::kVolume) {
+                planes = ~0u;
+                if constexpr (W::kTiles == 1) {
+                    planes = MetPlanes::find<C>(TapsLine::find<C>(warp_line, tiling).image, tiling.depths, sizes,
+                                                place.depth_tap)
+                                 .template existing<C, C::kTapsD>(sizes, place.depth_tap);
+                    if (!(C::kHasBias && place.tap_tile == 0) && planes == 0) continue;
+                }
+            }
             base = row_class * W::kStepA - W::kPadA + place.tap_a * W::kApartA;
             end = min(end, ceil_div(place.out_a - row_class, W::kClassesA));
             // Steps before which all rows of x end.
@@ -216,7 +226,8 @@ struct TapsCopies {
     CopyPlace g_to, x_to;         // where it goes in the warp's first stage
     long long g_piece, x_piece;   // channel
     const Element *g_at, *x_at;   // the first piece of the step's first row
-    unsigned g_exists, x_exists;  // a bit for each copy
+    unsigned g_exists, x_exists;  // a bit for each copy of a row
+    unsigned x_planes;            // a bit for each plane of x
     unsigned g_wanted, x_wanted;  // else there is no such column
     static constexpr int kGTargets = W::kFlat ? W::kGColumns : C::kColumns;
     static constexpr int kXTargets = W::kFlat ? W::kXColumns : W::kKept;
@@ -275,18 +286,17 @@ struct TapsCopies {
         const int g_lane = W::kFlat ? 0 : g_first * W::kClassesB, x_lane = W::kFlat ? 0 : x_first * W::kApartB;
         g_at = tensors.g + at.image * place.g_image + g_row * place.g_a + (g_column + g_lane) * place.g_b + g_piece;
         x_at = tensors.x + at.image * sizes.x_image + x_row * place.x_a + (x_column + x_lane) * place.x_b + x_piece;
-        bool x_plane = x_channel;
         if constexpr (C::kVolume) {
             const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap);
             x_at += met.in_x(sizes) - at.image * sizes.x_image;
-            x_plane = x_channel && met.exists;
+            x_planes = met.existing<C, C::kTapsD>(sizes, place.depth_tap);
         }
         g_exists = x_exists = 0;
         if constexpr (W::kFlat) {
             g_at += g_first * W::kClassesA * place.g_a;
             x_at += x_first * W::kApartA * place.x_a;
             g_exists = exists && g_channel && g_column < place.out_b;
-            x_exists = exists && x_plane && x_column >= 0 && x_column < place.in_b;
+            x_exists = exists && x_channel && x_column >= 0 && x_column < place.in_b && (!C::kVolume || x_planes);
         } else {
 #pragma unroll
             for (int k = 0; k < W::kGCopies; ++k)
@@ -294,7 +304,7 @@ struct TapsCopies {
                     g_exists |= 1u << k;
 #pragma unroll
             for (int k = 0; k < W::kXCopies; ++k)
-                if (exists && x_plane &&
+                if (exists && x_channel &&
                     static_cast<unsigned>(x_column + x_lane + k * W::kXStep * W::kApartB) <
                         static_cast<unsigned>(place.in_b))
                     x_exists |= 1u << k;
@@ -307,7 +317,7 @@ struct TapsCopies {
             if constexpr (W::kFlat)
                 copy_steps(stage);
             else
-                copy_step(stage);
+                copy_step(stage, sizes);
             step += C::kStageSteps;
             if (step < segment.last) {
                 g_at += C::kStageSteps * W::kClassesA * place.g_a;
@@ -319,7 +329,7 @@ struct TapsCopies {
         end_of_copies();
     }
 
-    __device__ __forceinline__ void copy_step(unsigned stage) {
+    __device__ __forceinline__ void copy_step(unsigned stage, const Sizes& sizes) {
         if (step < segment.end) {
             const Element* from = g_at;
 #pragma unroll
@@ -334,13 +344,20 @@ struct TapsCopies {
 #pragma unroll
         for (int e = 0; e < W::kRows; ++e) {
             if (static_cast<unsigned>(row + e * W::kApartA) >= static_cast<unsigned>(place.in_a)) continue;
-            const Element* from = x_at + e * W::kApartA * place.x_a;
 #pragma unroll
-            for (int k = 0; k < W::kXCopies; ++k) {
-                if (kXAlways || (x_wanted & 1u << k))
-                    copy_piece_to<C::kXBytes, C::kCached>(
-                        x_to, stage + (e * W::kKept + k * W::kXStep) * W::kXPitch * kSize, from, x_exists & 1u << k);
-                from += W::kXStep * W::kApartB * place.x_b;
+            for (int d = 0; d < C::kTapsD; ++d) {
+                if (C::kVolume && !(segment.planes & 1u << d)) continue;
+                const unsigned exists = !C::kVolume || W::kTiles == 1 || (x_planes & 1u << d) ? x_exists : 0;
+                const Element* from = x_at + e * W::kApartA * place.x_a;
+                if constexpr (C::kTapsD > 1) from += d * C::kDilationD * sizes.x_depth;
+#pragma unroll
+                for (int k = 0; k < W::kXCopies; ++k) {
+                    if (kXAlways || (x_wanted & 1u << k))
+                        copy_piece_to<C::kXBytes, C::kCached>(
+                            x_to, stage + ((d * W::kRows + e) * W::kKept + k * W::kXStep) * W::kXPitch * kSize, from,
+                            exists & 1u << k);
+                    from += W::kXStep * W::kApartB * place.x_b;
+                }
             }
         }
     }

@@ -74,7 +74,8 @@ struct TapsSums {
         }
     }
 
-    // Adds the products of a row of x with the row of g in a slot, which meet in row `tap` of the tile.
+    // Adds the products of a row of x with the row of g in a slot, which meet in row `tap` of the tile: rows of later
+    // taps of the depth stand behind those of earlier ones.
     __device__ __forceinline__ void add(const Sum (&window)[W::kWindow][C::kVector],
                                         const Sum (&row)[C::kColumns][C::kVector], int tap) {
 #pragma unroll
@@ -99,20 +100,24 @@ struct TapsSums {
 #pragma unroll
         for (int e = 0; e < W::kRows; ++e) {
             if (static_cast<unsigned>(row + e * W::kApartA) >= static_cast<unsigned>(place.in_a)) continue;
-            Sum window[W::kWindow][C::kVector];
 #pragma unroll
-            for (int column = 0; column < W::kWindow; ++column)
-                if (W::has_column(column))
-                    read_channels<C, C::kVector>(x_at + (e * W::kKept + column - W::kSkipped) * W::kXPitch,
-                                                 window[column]);
+            for (int d = 0; d < C::kTapsD; ++d) {
+                if (C::kVolume && !(segment.planes & 1u << d)) continue;
+                Sum window[W::kWindow][C::kVector];
 #pragma unroll
-            for (int back = 0; back < W::kLive; ++back) {
-                const int tap = e + back * W::kStrideA;
-                if (tap >= C::kTapsA) continue;
-                if (W::kFilterA % C::kTapsA != 0 && place.tap_a + tap >= W::kFilterA) continue;
-                if (static_cast<unsigned>(number - back - segment.first) <
-                    static_cast<unsigned>(segment.end - segment.first))
-                    add(window, g[(Phase + W::kLive - back) % W::kLive], tap);
+                for (int column = 0; column < W::kWindow; ++column)
+                    if (W::has_column(column))
+                        read_channels<C, C::kVector>(
+                            x_at + ((d * W::kRows + e) * W::kKept + column - W::kSkipped) * W::kXPitch, window[column]);
+#pragma unroll
+                for (int back = 0; back < W::kLive; ++back) {
+                    const int tap = e + back * W::kStrideA;
+                    if (tap >= C::kTapsA) continue;
+                    if (W::kFilterA % C::kTapsA != 0 && place.tap_a + tap >= W::kFilterA) continue;
+                    if (static_cast<unsigned>(number - back - segment.first) <
+                        static_cast<unsigned>(segment.end - segment.first))
+                        add(window, g[(Phase + W::kLive - back) % W::kLive], d * C::kTapsA + tap);
+                }
             }
         }
     }
@@ -156,8 +161,9 @@ __device__ __forceinline__ typename TapsNhwc<C>::Sum exact_block_sum(
     const TapsPlace<C>& place, unsigned first, unsigned end, long long channel, int tap) {
     using W = TapsNhwc<C>;
     using Sum = typename W::Sum;
-    const bool is_bias = tap == C::kTapsA * C::kTapsB;
-    const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
+    const bool is_bias = tap == W::kTaps;
+    const int u = place.tap_a + tap % W::kTileTaps / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
+    const int depth_tap = place.depth_tap + tap / W::kTileTaps;
     Sum sum = 0;
 #pragma unroll 1
     for (unsigned position = first; position < end; ++position) {
@@ -175,7 +181,7 @@ __device__ __forceinline__ typename TapsNhwc<C>::Sum exact_block_sum(
             const TapsLine at = TapsLine::find<C>(line, tiling);
             long long in_x = at.image * sizes.x_image;
             if constexpr (C::kVolume) {
-                const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap);
+                const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, depth_tap);
                 if (!is_bias && !met.exists) continue;
                 in_x = met.in_x(sizes);
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from .taps_nhwc_tiles import Tile, cut, piece_bytes, sum_bytes, tiles
 
 MOST_TILES = 14  # that are worth timing, by predicted time
 MOST_SHAPES = 6  # that are offered with fewer stages, too
+MOST_ALIKE = 4  # of the same taps, columns and channels of a lane
 
 
 class TapsNhwc(Variant):
@@ -39,7 +41,7 @@ class TapsNhwc(Variant):
             elif tile not in timed:
                 timed[tile] = seconds(planes, device, tile, one)
 
-        for tile in dict.fromkeys(tiles(planes, device)):
+        for tile in dict.fromkeys(tiles(planes, device, depth_taps)):
             consider(tile)
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_SHAPES]:
             for stages in range(2, tile.stages):
@@ -47,7 +49,14 @@ class TapsNhwc(Variant):
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
             if min(piece_bytes(planes, tile) or (0,)) == 16:
                 consider(replace(tile, cached=False))
-        found = [self.plan(problem, device, tile) for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]]
+        alike: Counter[Tile] = Counter()
+        offered: list[Tile] = []
+        for tile in sorted(timed, key=timed.__getitem__):
+            of_lane = replace(tile, lanes=0, warps=0, chunks=0, stages=0, min_blocks=0, cached=True)
+            alike[of_lane] += 1
+            if alike[of_lane] <= MOST_ALIKE and len(offered) < MOST_TILES:
+                offered.append(tile)
+        found = [self.plan(problem, device, tile) for tile in offered]
         yield from found
         for tile in illegal:
             rejected = self.plan(problem, device, tile)
@@ -85,6 +94,7 @@ class TapsNhwc(Variant):
         counters = 1 if gatherers == 1 else gatherers + 1
         constants = problem_constants(problem) | {
             "TURNED": int(tile.turned),
+            "TAPS_D": tile.depth_taps,
             "TAPS_A": tile.taps[0],
             "TAPS_B": tile.taps[1],
             "COLUMNS": tile.columns,

@@ -12,6 +12,7 @@ from .taps_nhwc_tiles import Cut, Tile, axes, piece_bytes, reached, sum_bytes
 
 # Constants of the model: fitted to 961 tiles of 92 problems (H200, 2026-11).
 READ, COPY, TAP_ROW, SEGMENT = 1.8, 8.0, 10.0, 400.0  # instructions of a warp
+DEPTH_TAP = 0.2  # of TAP_ROW, for each further tap of the depth: they share the comparisons
 IDLE_WARPS = 4.2  # issue slots are used as warps / (warps + IDLE_WARPS)
 LOAD_CLOCKS = 2.2  # of a multiprocessor's shared memory, for a warp's load
 L2_BYTES = 40.0  # of a clock, to a multiprocessor
@@ -73,13 +74,16 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     flat = tile.stage_steps > 1
     g_columns, x_columns = (tile.stage_steps, tile.stage_steps * one.rows) if flat else (tile.columns, one.kept)
     copies = divided(g_columns, pieces[0] // word)
-    copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * (1 if flat else one.rows)
-    fma = products * tile.taps[0] * tile.vector * min(1.0, along.size / (along.out * along.stride))
+    x_rows = 1 if flat else tile.depth_taps * one.rows
+    copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * x_rows
+    fma = products * tile.depth_taps * tile.taps[0] * tile.vector * min(1.0, along.size / (along.out * along.stride))
     if one.tap_tiles > 1 or along.filter > along.out:
         fma *= reached(along) if along.filter == tile.taps[0] else min(1.0, 1.1 * reached(along))
-    loads = tile.columns + one.rows * one.kept
+    loads = tile.columns + tile.depth_taps * one.rows * one.kept
     step = fma * (2 if problem.dtype == "float64" else 1) + READ * read * loads
-    step += COPY * copies / tile.stage_steps + (0 if flat else TAP_ROW * one.live)
+    step += COPY * copies / tile.stage_steps + (
+        0 if flat else TAP_ROW * one.live * (1 + DEPTH_TAP * (tile.depth_taps - 1))
+    )
     step += problem.bias * tile.columns * tile.vector
     segments = max(1.0, one.part_rows / one.line_rows)
     steps = one.part_rows + segments * (one.live - 1) * (1.0 if flat else 0.4)
@@ -90,7 +94,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     issue = block * (warps + IDLE_WARPS * (full + bool(rest))) / 4 / device.clock
     shared = steps * loads * LOAD_CLOCKS * warps / device.clock
 
-    elements = math.prod(problem.y_shape) * (1.0 + one.rows * one.kept / tile.columns / problem.multiplier)
+    elements = math.prod(problem.y_shape) * (1.0 + (loads / tile.columns - 1.0) / problem.multiplier)
     l2 = elements * problem.element_bytes * one.tap_tiles / (L2_BYTES * device.multiprocessors * device.clock)
     chunk = tile.lanes * word
     together = chunk if chunk < problem.out_channels * problem.element_bytes else chunk * tile.columns

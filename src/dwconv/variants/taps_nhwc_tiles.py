@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
@@ -13,6 +14,7 @@ from .strips import divided, up
 
 NARROW = 14  # columns: the kernel is compiled for images up to this wide, and leaves products with padding out
 MOST_VALUES = 160  # registers of a lane for sums, rows of g and the window of x
+MOST_DEPTH_VALUES = 180  # with several taps of the depth, which share the rest of the registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Tile:
         stage_steps: rows of g of a stage; more than one where an image is one column.
         min_blocks: blocks that a multiprocessor shall hold, which limits a thread's registers.
         cached: copies go through L1.
+        depth_taps: of a lane, of the depth: neighbouring ones, all of whose planes of x meet each row of g.
     """
 
     turned: bool
@@ -44,12 +47,14 @@ class Tile:
     stage_steps: int = 1
     min_blocks: int = 1
     cached: bool = True
+    depth_taps: int = 1
 
     def __str__(self) -> str:
+        taps = "×".join(map(str, ((self.depth_taps,) if self.depth_taps > 1 else ()) + self.taps))
         return (
-            f"{self.taps[0]}×{self.taps[1]} taps, {self.columns} columns × {self.vector} channels a lane, "
-            f"{self.lanes} lanes, {self.chunks} chunks, {self.warps} warps, {self.stages} stages of "
-            f"{self.stage_steps} steps{', along rows' if self.turned else ''}{'' if self.cached else ', past L1'}"
+            f"{taps} taps, {self.columns} columns × {self.vector} channels a lane, {self.lanes} lanes, "
+            f"{self.chunks} chunks, {self.warps} warps, {self.stages} stages of {self.stage_steps} steps"
+            f"{', along rows' if self.turned else ''}{'' if self.cached else ', past L1'}"
         )
 
 
@@ -160,7 +165,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     along, across = axes(problem, tile.turned)
     size, warp_tiles, channels = problem.element_bytes, 32 // tile.lanes, tile.lanes * tile.vector
     flat = tile.stage_steps > 1
-    tap_tiles = depth_taps * divided(along.filter, tile.taps[0]) * divided(across.filter, tile.taps[1])
+    tap_tiles = divided(along.filter, tile.taps[0]) * divided(across.filter, tile.taps[1])
+    tap_tiles *= divided(depth_taps, tile.depth_taps)
     live = divided(tile.taps[0], along.stride)
     rows = along.stride if flat else min(along.stride, tile.taps[0])
     window = (tile.columns - 1) * across.stride + tile.taps[1]
@@ -175,8 +181,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
 
     pitch = warp_tiles * channels
     stage_bytes = region(tile.stage_steps * tile.columns, pitch)
-    stage_bytes += region(tile.stage_steps * rows * kept, pitch // problem.multiplier)
-    values = (tile.taps[0] * tile.taps[1] + problem.bias) * tile.vector
+    stage_bytes += region(tile.stage_steps * tile.depth_taps * rows * kept, pitch // problem.multiplier)
+    values = (tile.depth_taps * tile.taps[0] * tile.taps[1] + problem.bias) * tile.vector
     threads, of_sum = 32 * tile.warps, sum_bytes(problem)
     limit = device.shared_bytes - 1024
     in_stages = max(tile.warps * tile.stages * stage_bytes, 16 * threads + 16)
@@ -198,9 +204,10 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     per_group = max(1, slots // (groups * tap_tiles))
     # At least a few rows: the first ones of a part are read twice.
     part_rows = max(divided(positions, per_group), min(positions, line_rows, max(2, live)))
-    if part_rows > line_rows:  # whole super-lines where that costs little
-        whole = up(part_rows, line_rows)
-        part_rows = whole if whole <= 1.1 * part_rows else part_rows
+    # Whole super-lines where that costs little: a part of two costs the last rows of one more.
+    whole = up(part_rows, line_rows)
+    if whole <= (1.1 * part_rows if part_rows > line_rows else part_rows + live - 1):
+        part_rows = whole
     return Cut(
         live=live,
         rows=rows,
@@ -224,12 +231,14 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     )
 
 
-def lane_registers(problem: DepthwiseProblem, turned: bool, taps: tuple[int, int], columns: int, vector: int) -> int:
+def lane_registers(
+    problem: DepthwiseProblem, turned: bool, taps: tuple[int, int], columns: int, vector: int, depth_taps: int = 1
+) -> int:
     """32-bit registers of a lane for its sums, rows of g and the window of x."""
     along, across = axes(problem, turned)
     live = divided(taps[0], along.stride)
     window = min((columns - 1) * across.stride + taps[1], across.size if across.out <= columns else 2**31)
-    values = taps[0] * taps[1] + problem.bias + live * columns + window
+    values = depth_taps * taps[0] * taps[1] + problem.bias + live * columns + window
     return values * vector * (2 if problem.dtype == "float64" else 1)
 
 
@@ -258,8 +267,8 @@ def lane_choices(problem: DepthwiseProblem, vector: int) -> list[int]:
     return sizes[: 1 if sizes and used(sizes[0]) >= 0.8 and sizes[0] * vector * problem.element_bytes >= 128 else 3]
 
 
-def tiles(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
-    """Tiles in question; which of them are worth timing, the predicted time says."""
+def tiles(problem: DepthwiseProblem, device: DeviceSpec, depth: int = 1) -> Iterator[Tile]:
+    """Tiles in question; which of them are worth timing, the predicted time says. depth: taps of a volume's depth."""
     half = problem.element_bytes == 2
     for turned in (False, True):
         along, across = axes(problem, turned)
@@ -283,13 +292,13 @@ def tiles(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
             for b in ([across.filter] if width <= NARROW or across.filter <= 7 else []) + tap_sizes(across.filter, 9)
         ]
         for vector in (2, 1) if half and problem.multiplier == 1 else (1,):
-            for taps in dict.fromkeys(shapes):
-                for columns in columns_of:
-                    registers = lane_registers(problem, turned, taps, columns, vector)
-                    if registers > MOST_VALUES:
-                        continue
-                    for lanes in lane_choices(problem, vector):
-                        yield shaped(problem, device, turned, taps, columns, lanes, vector, registers, flat)
+            depths = [1] if flat else sorted({divided(depth, count) for count in range(1, depth + 1)})
+            for taps, columns, depth_taps in product(dict.fromkeys(shapes), columns_of, depths):
+                registers = lane_registers(problem, turned, taps, columns, vector, depth_taps)
+                if registers > (MOST_VALUES if depth_taps == 1 else MOST_DEPTH_VALUES):
+                    continue
+                for lanes in lane_choices(problem, vector):
+                    yield shaped(problem, device, turned, taps, columns, lanes, vector, registers, flat, depth_taps)
 
 
 def arranged(device: DeviceSpec, registers: int, chunks: int, chunk_bytes: int, lines: int) -> tuple[int, int, int]:
@@ -327,6 +336,7 @@ def shaped(
     vector: int,
     registers: int,
     flat: bool,
+    depth_taps: int,
 ) -> Tile:
     """A tile with as many warps as registers allow, and stages for what should be in flight."""
     along, across = axes(problem, turned)
@@ -343,7 +353,8 @@ def shaped(
             steps += live
         steps = up(steps, live)
     rows = along.stride if flat else min(along.stride, taps[0])
-    stage = chunk_bytes * (32 // lanes) * steps * (columns + rows * ((columns - 1) * across.stride + taps[1]))
+    window = (columns - 1) * across.stride + taps[1]
+    stage = chunk_bytes * (32 // lanes) * steps * (columns + depth_taps * rows * window)
     room, warps = device.shared_bytes - 1024, together * abreast
     while warps * 2 * stage > room and abreast > 1:
         abreast = divided(abreast, 2)
@@ -362,6 +373,7 @@ def shaped(
         stages=stages,
         stage_steps=steps,
         min_blocks=min_blocks,
+        depth_taps=depth_taps,
     )
 
 
