@@ -59,6 +59,7 @@ EDGES = [
     # tiles of taps
     problem(2, 16, (7, 7), 13, padding=6, dtype="float16"),
     problem(1, 8, (14, 14), 27, padding=13),
+    problem(1, 8, (12, 28), (9, 29), padding=(4, 14), bias=True),
     problem(1, 8, (20, 33), 31, padding=15, dtype="bfloat16"),
     problem(1, 8, (30, 16), (51, 5), padding=(25, 2)),
     problem(1, 8, (15, 40), (5, 51), padding=(2, 25), bias=True),
@@ -154,6 +155,15 @@ def test_finite_inputs_need_no_second_computation(plan):
 @pytest.mark.parametrize("plan", TILES, ids=name)
 def test_infinities_beside_zeros_stay_where_they_belong(plan):
     check_filter_gradient(plan, poison=True)
+
+
+def test_waves_are_parts_of_whole_rows_of_tiles():
+    given, tile = problem(9, 8, (9, 10), (19, 11), padding=(9, 5)), Tile(False, (3, 11), 5, 8, 1, warps=2)
+    waves = VARIANT.plan(given, H200, replace(tile, waves=8))
+    assert isinstance(waves, Plan)
+    assert waves.tiling[3] % 9 == 0
+    expected = bits(check_filter_gradient(waves))
+    assert torch.equal(bits(check_filter_gradient(waves, order_seed=3)), expected)
 
 
 def test_tiles_of_several_depth_taps_are_legal():

@@ -11,12 +11,13 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
 from .strips import divided, planar, too_deep, too_long
-from .taps_nhwc_cost import gathered, seconds
-from .taps_nhwc_tiles import Tile, cut, piece_bytes, sum_bytes, tiles
+from .taps_nhwc_cost import gathered, reached, seconds
+from .taps_nhwc_tiles import LARGE, Tile, axes, cut, piece_bytes, sum_bytes, tiles
 
 MOST_TILES = 14  # that are worth timing, by predicted time
 MOST_SHAPES = 6  # that are offered with fewer stages, too
 MOST_ALIKE = 4  # of the same taps, columns and channels of a lane
+UNEVEN, WAVES = 0.9, 4  # below this share of rows that a tap meets on average, tiles of taps last unlike times
 
 
 class TapsNhwc(Variant):
@@ -46,6 +47,10 @@ class TapsNhwc(Variant):
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_SHAPES]:
             for stages in range(2, tile.stages):
                 consider(replace(tile, stages=stages))
+        for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
+            along, _ = axes(planes, tile.turned)
+            if along.filter > max(LARGE, tile.taps[0]) and reached(along) < UNEVEN and problem.element_bytes > 2:
+                consider(replace(tile, waves=WAVES))
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
             if min(piece_bytes(planes, tile) or (0,)) == 16:
                 consider(replace(tile, cached=False))

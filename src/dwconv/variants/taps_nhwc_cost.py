@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .strips import divided
-from .taps_nhwc_tiles import Cut, Tile, axes, piece_bytes, reached, sum_bytes
+from .taps_nhwc_tiles import Axis, Cut, Tile, axes, piece_bytes, sum_bytes
 
 # Constants of the model: fitted to 961 tiles of 92 problems (H200, 2026-11).
 READ, COPY, TAP_ROW, SEGMENT = 1.8, 8.0, 10.0, 400.0  # instructions of a warp
@@ -21,6 +22,7 @@ LATE = 1.6  # latencies of DRAM that bytes in flight must last for
 THRASH, LINES_KEPT = 0.2, 1.0  # more DRAM time for each doubling of the lines in flight beyond this share of L1
 PAST_NARROW, PAST_START = 0.14, 2.4e-6  # of copies past L1, for each halving; and once
 TILES_AGAIN, AGAIN = 4, 0.03  # more tiles of taps than these read so much that L1 costs this share of time
+LAST_WAVE = 0.4  # of a block: what a multiprocessor waits for others in the end, of several waves
 FEWER_STAGES = 0.015  # more time for each stage less than four: warps wait for one another's copies more
 START, PARTS = 2.3e-6, 3.2e-6  # beside the launch; to leave parts, and find the last block
 ROUND = 0.57e-6  # of loads of parts
@@ -61,6 +63,23 @@ def gathered(problem: DepthwiseProblem, tile: Tile, one: Cut) -> tuple[int, int]
     return (best, both(best)) if best < one.parts and both(best) < at_once else (one.parts, at_once)
 
 
+@lru_cache(maxsize=256)
+def reached(axis: Axis) -> float:
+    """The share of pairs of outputs and taps that meet an input.
+
+    >>> reached(axes(DepthwiseProblem(1, 8, (7, 7), (13, 13), padding=((6, 6), (6, 6))), False)[0])
+    0.5384615384615384
+    """
+    step = axis.stride * axis.apart // axis.classes if axis.classes else axis.stride
+    sampled = range(0, axis.out, max(1, axis.out // 64))
+    inside = 0
+    for i in sampled:
+        first = i * step - axis.padding
+        lowest = max(0, -(first // axis.apart) if first < 0 else 0)
+        inside += max(0, min(axis.filter - 1, (axis.size - 1 - first) // axis.apart) - lowest + 1)
+    return inside / (len(sampled) * axis.filter)
+
+
 def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
     """Predicted time: instructions, shared memory, L2 and DRAM beside each other, then the last blocks' additions."""
     along, across = axes(problem, tile.turned)
@@ -78,7 +97,8 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * x_rows
     fma = products * tile.depth_taps * tile.taps[0] * tile.vector * min(1.0, along.size / (along.out * along.stride))
     if one.tap_tiles > 1 or along.filter > along.out:
-        fma *= reached(along) if along.filter == tile.taps[0] else min(1.0, 1.1 * reached(along))
+        even = along.filter == tile.taps[0] or tile.waves > 1
+        fma *= reached(along) if even else min(1.0, 1.1 * reached(along))
     loads = tile.columns + tile.depth_taps * one.rows * one.kept
     step = fma * (2 if problem.dtype == "float64" else 1) + READ * read * loads
     step += COPY * copies / tile.stage_steps + (
@@ -88,7 +108,10 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     segments = max(1.0, one.part_rows / one.line_rows)
     steps = one.part_rows + segments * (one.live - 1) * (1.0 if flat else 0.4)
     block = steps * step + segments * SEGMENT + 8 * one.values
-    of_multiprocessor = divided(one.groups * one.tap_tiles * one.parts, device.multiprocessors)
+    blocks = one.groups * one.tap_tiles * one.parts
+    of_multiprocessor = float(divided(blocks, device.multiprocessors))
+    if tile.waves > 1:  # whoever is ready takes the next block
+        of_multiprocessor = max(1.0, blocks / device.multiprocessors + LAST_WAVE)
     full, rest = divmod(of_multiprocessor, one.resident)
     warps = of_multiprocessor * tile.warps
     issue = block * (warps + IDLE_WARPS * (full + bool(rest))) / 4 / device.clock

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .strips import divided, up
 
-NARROW = 14  # columns: the kernel is compiled for images up to this wide, and leaves products with padding out
+NARROW = 28  # columns: the kernel is compiled for images up to this wide, and leaves products with padding out
+LARGE = 9  # longer filters have tiles of taps
 MOST_VALUES = 160  # registers of a lane for sums, rows of g and the window of x
 MOST_DEPTH_VALUES = 180  # with several taps of the depth, which share the rest of the registers
 
@@ -34,6 +34,7 @@ class Tile:
         min_blocks: blocks that a multiprocessor shall hold, which limits a thread's registers.
         cached: copies go through L1.
         depth_taps: of a lane, of the depth: neighbouring ones, all of whose planes of x meet each row of g.
+        waves: of blocks; more than one where tiles of taps meet unlike numbers of rows, and last unlike times.
     """
 
     turned: bool
@@ -48,12 +49,14 @@ class Tile:
     min_blocks: int = 1
     cached: bool = True
     depth_taps: int = 1
+    waves: int = 1
 
     def __str__(self) -> str:
         taps = "×".join(map(str, ((self.depth_taps,) if self.depth_taps > 1 else ()) + self.taps))
+        waves = f", {self.waves} waves" if self.waves > 1 else ""
         return (
             f"{taps} taps, {self.columns} columns × {self.vector} channels a lane, {self.lanes} lanes, "
-            f"{self.chunks} chunks, {self.warps} warps, {self.stages} stages of {self.stage_steps} steps"
+            f"{self.chunks} chunks, {self.warps} warps, {self.stages} stages of {self.stage_steps} steps{waves}"
             f"{', along rows' if self.turned else ''}{'' if self.cached else ', past L1'}"
         )
 
@@ -201,9 +204,11 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     groups = divided(divided(problem.out_channels, channels), tile.chunks)
     resident = max(1, min(tile.min_blocks, device.shared_bytes // (shared_bytes + 1024), device.threads // threads))
     slots = device.multiprocessors * resident
-    per_group = max(1, slots // (groups * tap_tiles))
+    per_group = max(1, tile.waves * slots // (groups * tap_tiles))
     # At least a few rows: the first ones of a part are read twice.
     part_rows = max(divided(positions, per_group), min(positions, line_rows, max(2, live)))
+    if tile.waves > 1:  # there are enough parts for whole super-lines
+        part_rows = max(line_rows, part_rows // line_rows * line_rows)
     # Whole super-lines where that costs little: a part of two costs the last rows of one more.
     whole = up(part_rows, line_rows)
     if whole <= (1.1 * part_rows if part_rows > line_rows else part_rows + live - 1):
@@ -275,7 +280,8 @@ def tiles(problem: DepthwiseProblem, device: DeviceSpec, depth: int = 1) -> Iter
         if along.out == 1 and (across.out > 1 or turned):
             continue  # a march of one step
         flat = across.size == across.out == across.filter == 1 and across.padding == 0
-        if turned and not flat and along.filter <= across.filter:
+        large = not half and max(along.filter, across.filter) > LARGE
+        if turned and not flat and along.filter <= across.filter and not (large and across.filter > 3 * along.filter):
             continue
         width = divided(across.out, across.classes)
         if flat:
@@ -283,13 +289,17 @@ def tiles(problem: DepthwiseProblem, device: DeviceSpec, depth: int = 1) -> Iter
         elif width <= 4:
             columns_of = [width]
         else:
-            fitting = [v for v in (4, 5, 6, 7, 8, 14) if v <= up(width, 4) and (v < 14 or width == 14)]
-            columns_of = sorted(fitting, key=lambda v: (up(width, v) / width > 1.15, -v))[:4]
+            whole = [v for v in (14, 28) if v == width or (large and width % v == 0)]
+            fitting = [v for v in (4, 5, 6, 7, 8) if v <= up(width, 4)] + whole
+            columns_of = sorted(fitting, key=lambda v: (up(width, v) / width > 1.15, -v))[: 6 if large else 4]
         shapes = [
             (a, b)
-            for a in tap_sizes(along.filter, 31 if flat else 9)
+            for a in tap_sizes(along.filter, 31 if flat else LARGE)
             + (tap_sizes(along.filter, 16) if flat else tap_sizes(along.filter, 3))
-            for b in ([across.filter] if width <= NARROW or across.filter <= 7 else []) + tap_sizes(across.filter, 9)
+            + ([1, *tap_sizes(along.filter, 5)] if large and not flat else [])
+            for b in ([across.filter] if width <= NARROW or across.filter <= 7 else [])
+            + tap_sizes(across.filter, LARGE)
+            + (tap_sizes(across.filter, 16) if large else [])
         ]
         for vector in (2, 1) if half and problem.multiplier == 1 else (1,):
             depths = [1] if flat else sorted({divided(depth, count) for count in range(1, depth + 1)})
@@ -375,20 +385,3 @@ def shaped(
         min_blocks=min_blocks,
         depth_taps=depth_taps,
     )
-
-
-@lru_cache(maxsize=256)
-def reached(axis: Axis) -> float:
-    """The share of pairs of outputs and taps that meet an input.
-
-    >>> reached(axes(DepthwiseProblem(1, 8, (7, 7), (13, 13), padding=((6, 6), (6, 6))), False)[0])
-    0.5384615384615384
-    """
-    step = axis.stride * axis.apart // axis.classes if axis.classes else axis.stride
-    sampled = range(0, axis.out, max(1, axis.out // 64))
-    inside = 0
-    for i in sampled:
-        first = i * step - axis.padding
-        lowest = max(0, -(first // axis.apart) if first < 0 else 0)
-        inside += max(0, min(axis.filter - 1, (axis.size - 1 - first) // axis.apart) - lowest + 1)
-    return inside / (len(sampled) * axis.filter)
