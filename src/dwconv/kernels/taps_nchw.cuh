@@ -151,7 +151,8 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     const int lanes = static_cast<int>(tiling.lanes.divisor), outputs = quantities * kSums;
     Sum* const totals = shared_memory<Sum>();
     Sum* const values = totals + tiling.scratch;  // kAtOnce of each thread, and scratch behind them
-    constexpr int kAtOnce = smaller(kSums, 16);
+    // Threads that add up different sums read different banks: the values of a sum take an odd number of words.
+    constexpr int kAtOnce = C::kAtOnce, kPitch = C::kThreads + 1;
 #pragma unroll
     for (int from = 0; from < kSums; from += kAtOnce) {
         const int count = smaller(kAtOnce, kSums - from);
@@ -160,18 +161,18 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
         for (int k = 0; k < kAtOnce; ++k) {
             const int number = from + k;
             if (number < kSums)
-                values[k * C::kThreads + static_cast<int>(threadIdx.x)] =
+                values[k * kPitch + static_cast<int>(threadIdx.x)] =
                     number < kTileTaps ? sums[smaller(number, kTileTaps - 1) / C::kTapColumns]
                                              [smaller(number, kTileTaps - 1) % C::kTapColumns]
                                        : bias;
         }
         __syncthreads();
-        Sum* const scratch = values + kAtOnce * C::kThreads;
+        Sum* const scratch = values + kAtOnce * kPitch;
         add_up<C::kThreads>(quantities * count, static_cast<int>(tiling.group_images) * lanes, scratch, scratch,
                             [&](int output, int term) {
                                 const int q = output / count, image = static_cast<int>(tiling.lanes.quotient(term));
                                 const int lane = term - image * lanes;
-                                return SumsOfLanes<Sum>{values + (output - q * count) * C::kThreads +
+                                return SumsOfLanes<Sum>{values + (output - q * count) * kPitch +
                                                             (image * quantities + q) * lanes + lane,
                                                         lane, lanes, (quantities - 1) * lanes};
                             });
@@ -242,6 +243,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 #define DWCONV_WHOLE_WIDTH 0
 #define DWCONV_BOTTOM_REACH 1
 #define DWCONV_RIGHT_REACH 1
+#define DWCONV_AT_ONCE 9
 #define DWCONV_CACHED 0
 #define DWCONV_VOLUME 0
 #endif
@@ -256,6 +258,7 @@ struct Config : ProblemConfig {
                           kWholeWidth = DWCONV_WHOLE_WIDTH;  // and are as large as g
     // Rows and columns of padding at the far ends that outputs reach.
     static constexpr int kBottomReach = DWCONV_BOTTOM_REACH, kRightReach = DWCONV_RIGHT_REACH;
+    static constexpr int kAtOnce = DWCONV_AT_ONCE;  // sums of a thread that are added up at once
     static constexpr bool kCached = DWCONV_CACHED;  // copies go through L1
     static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth: its planes are images, as many times as taps of it
 };

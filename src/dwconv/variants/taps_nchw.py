@@ -10,7 +10,7 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
 from .strips import planar, too_deep, too_long
-from .taps_nchw_geometry import Geometry, Tile, geometry_of
+from .taps_nchw_geometry import Geometry, Tile, at_once, geometry_of
 from .taps_nchw_tiles import taps_seconds, tiles_of, whole
 
 
@@ -95,6 +95,7 @@ def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> t
         "WHOLE_WIDTH": int(whole(planes, tile, 1)),
         "BOTTOM_REACH": geometry.reach[0],
         "RIGHT_REACH": geometry.reach[1],
+        "AT_ONCE": at_once(planes, tile, geometry),
         "CACHED": int(geometry.cached),
         "VOLUME": int(problem.dims == 3),
     }

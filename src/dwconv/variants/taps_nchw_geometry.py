@@ -11,7 +11,7 @@ from .banks import banked
 from .strips import divided, planar, up
 
 SHORT_LINE = 1024  # bytes: shorter lines come through L1, for the sectors that two of them share
-AT_ONCE = 16  # sums of each thread that are added up at once
+AT_ONCE = 16  # sums of each thread that are added up at once, or more where stages have taken the room for them
 MOST_PARTIAL = 1 << 26  # bytes
 MOST_PARTS = 128
 
@@ -298,12 +298,24 @@ def _shared_bytes(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> 
     """Two stages; in the end the sums of all threads."""
     sums = tile.tap_rows * tile.tap_columns + problem.bias
     quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
-    terms = geometry.images * geometry.row_lanes * geometry.column_tiles
-    at_once = min(sums, AT_ONCE)
-    of_block = at_once * (tile.threads + quantities * divided(terms, 8))
+    of_block = min(sums, AT_ONCE) * _each_sum(problem, tile, geometry)
     of_parts = quantities * sums * divided(geometry.parts, 8)
     scratch = (geometry.scratch + max(of_block, of_parts)) * sum_bytes(problem)
     return max(2 * geometry.stage_elements * problem.element_bytes, up(scratch, 16))
+
+
+def _each_sum(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
+    """Elements of shared memory in which one sum of every thread is added up."""
+    quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
+    terms = geometry.images * geometry.row_lanes * geometry.column_tiles
+    return tile.threads + 1 + quantities * divided(terms, 8)
+
+
+def at_once(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
+    """Sums of each thread that are added up at once: as few times as there is room for, alike many each time."""
+    sums = tile.tap_rows * tile.tap_columns + problem.bias
+    room = geometry.shared_bytes // sum_bytes(problem) - geometry.scratch
+    return divided(sums, divided(sums, room // _each_sum(problem, tile, geometry)))
 
 
 def lanes_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> list[tuple[int, int, int]]:
