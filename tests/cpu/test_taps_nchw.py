@@ -16,7 +16,8 @@ from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem
 from dwconv.variants import REGISTRY
 from dwconv.variants.banks import banked
-from dwconv.variants.taps_nchw_geometry import Geometry, Tile, geometry_of
+from dwconv.variants.taps_nchw_geometry import geometry_of
+from dwconv.variants.taps_nchw_layout import Geometry, Tile
 from dwconv.variants.taps_nchw_tiles import tiles_of, valid_share
 from edge_plans import bits
 from problems import make_filter_gradient_inputs, make_filter_gradients
@@ -47,6 +48,21 @@ WAYS = {
     "tiles of taps, bias, strides": (
         problem_of(1, 2, (23, 25), (9, 9), 4, stride=(2, 3), bias=True, dtype="bfloat16"),
         Tile(4, 3, 3, 5, 64),
+        "tap_tiles",
+    ),
+    "rows of taps, of several images": (
+        problem_of(5, 6, (7, 7), (13, 13), 6, bias=True),
+        Tile(7, 7, 4, 13, 128),
+        "images",
+    ),
+    "rows of taps, on whole rows": (
+        problem_of(2, 2, (9, 28), (5, 29), ((2, 2), (14, 14)), multiplier=2),
+        Tile(2, 28, 1, 29, 64),
+        "tap_tiles",
+    ),
+    "columns of taps, on whole columns": (
+        problem_of(2, 2, (6, 12), (5, 9), ((2, 2), (4, 4)), dtype="float64"),
+        Tile(6, 4, 5, 3, 64),
         "tap_tiles",
     ),
     "dilation": (problem_of(1, 3, (33, 33), (3, 3), 6, dilation=(6, 6)), Tile(7, 11, 3, 3, 64), "channels"),

@@ -27,10 +27,10 @@ struct TapsNchwPlace {
         const unsigned above = tiling.lanes.quotient(threadIdx.x), lane = threadIdx.x - above * tiling.lanes.divisor;
         row_lane = static_cast<int>(tiling.column_lanes.quotient(lane));
         column_tile = static_cast<int>(lane) - row_lane * static_cast<int>(tiling.column_lanes.divisor);
-        const unsigned planes = tiling.tap_tiles.quotient(above);
-        tap_tile = static_cast<int>(above - planes * tiling.tap_tiles.divisor);
-        image = static_cast<int>(tiling.planes.quotient(planes));
-        plane = static_cast<int>(planes) - image * static_cast<int>(tiling.planes.divisor);
+        const unsigned images = tiling.planes.quotient(above);
+        plane = static_cast<int>(above - images * tiling.planes.divisor);
+        tap_tile = static_cast<int>(images / tiling.group_images);
+        image = static_cast<int>(images) - tap_tile * static_cast<int>(tiling.group_images);
         tap_row = static_cast<int>(tiling.tap_tile_columns.quotient(tap_tile));
         tap_column = (tap_tile - tap_row * static_cast<int>(tiling.tap_tile_columns.divisor)) * C::kTapColumns;
         tap_row *= C::kTapRows;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void add_stage(const typename C::Element* elements, c
     const int column = smaller(nominal_column, static_cast<int>(sizes.out_w) - C::kColumns);
     const int first_column = column * C::kStrideW - C::kPadLeft + place.tap_column * C::kDilationW;
     if (nominal_column >= static_cast<int>(sizes.out_w)) return;
-    if (Window::kTapTiles && (first_column + Window::kWidth <= 0 || first_column >= static_cast<int>(sizes.in_w)) &&
+    if (Window::kTapTilesW && (first_column + Window::kWidth <= 0 || first_column >= static_cast<int>(sizes.in_w)) &&
         !(C::kHasBias && place.tap_tile == 0))
         return;
     const TapsNchwMasks<C> masks(first_column, static_cast<int>(sizes.in_w));
@@ -112,7 +112,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     const int channels = smaller(static_cast<int>(tiling.group_channels), all_channels - channel);
     const TapsNchwPlace<C> place(tiling);
     const bool takes_part =
-        place.image < static_cast<int>(tiling.group_images) && place.plane < channels * C::kMultiplier;
+        place.tap_tile < static_cast<int>(tiling.tap_tiles.divisor) && place.plane < channels * C::kMultiplier;
 
     Sum sums[C::kTapRows][C::kTapColumns], bias = 0;
 #pragma unroll
@@ -147,7 +147,8 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     }
 
     // Sums of the block: number q * kSums + k is sum k of plane and tap tile q.
-    const int quantities = static_cast<int>(tiling.planes.divisor * tiling.tap_tiles.divisor);
+    const int planes = static_cast<int>(tiling.planes.divisor), images = static_cast<int>(tiling.group_images);
+    const int quantities = planes * static_cast<int>(tiling.tap_tiles.divisor);
     const int lanes = static_cast<int>(tiling.lanes.divisor), outputs = quantities * kSums;
     Sum* const totals = shared_memory<Sum>();
     Sum* const values = totals + tiling.scratch;  // kAtOnce of each thread, and scratch behind them
@@ -168,14 +169,15 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
         }
         __syncthreads();
         Sum* const scratch = values + kAtOnce * kPitch;
-        add_up<C::kThreads>(quantities * count, static_cast<int>(tiling.group_images) * lanes, scratch, scratch,
-                            [&](int output, int term) {
-                                const int q = output / count, image = static_cast<int>(tiling.lanes.quotient(term));
-                                const int lane = term - image * lanes;
-                                return SumsOfLanes<Sum>{values + (output - q * count) * kPitch +
-                                                            (image * quantities + q) * lanes + lane,
-                                                        lane, lanes, (quantities - 1) * lanes};
-                            });
+        add_up<C::kThreads>(quantities * count, images * lanes, scratch, scratch, [&](int output, int term) {
+            const int q = output / count, image = static_cast<int>(tiling.lanes.quotient(term));
+            const int lane = term - image * lanes;
+            const int plane = static_cast<int>(tiling.tap_tiles.quotient(q));
+            const int tap_tile = q - plane * static_cast<int>(tiling.tap_tiles.divisor);
+            const int above = (tap_tile * images + image) * planes + plane;
+            return SumsOfLanes<Sum>{values + (output - q * count) * kPitch + above * lanes + lane, lane, lanes,
+                                    (planes - 1) * lanes};
+        });
 #pragma unroll 1
         for (int o = static_cast<int>(threadIdx.x); o < quantities * count; o += C::kThreads)
             totals[o / count * kSums + from + o % count] = scratch[o];

@@ -9,7 +9,7 @@ namespace dwconv {
 // Which rows and columns of x the tile reads, numbered from the first; and which of them may lie in the padding.
 template <class C>
 struct TapsNchwWindow {
-    static constexpr bool kTapTiles = C::kTapRows < C::kFilterH || C::kTapColumns < C::kFilterW;
+    static constexpr bool kTapTilesH = C::kTapRows < C::kFilterH, kTapTilesW = C::kTapColumns < C::kFilterW;
     static constexpr int kHeight = (C::kRows - 1) * C::kStrideH + (C::kTapRows - 1) * C::kDilationH + 1;
     static constexpr int kWidth = (C::kColumns - 1) * C::kStrideW + (C::kTapColumns - 1) * C::kDilationW + 1;
     // Columns are read kReadX at a time, from so many before the first on.
@@ -36,10 +36,10 @@ struct TapsNchwWindow {
     }
     // Tiles lie inside the output, so that only the first and last rows and columns of a window can be padding.
     __host__ __device__ static constexpr bool row_may_miss(int r) {
-        return kTapTiles || (!C::kWholeHeight && (r < C::kPadTop || r >= kHeight - C::kBottomReach));
+        return kTapTilesH || (!C::kWholeHeight && (r < C::kPadTop || r >= kHeight - C::kBottomReach));
     }
     __host__ __device__ static constexpr bool column_may_miss(int k) {
-        return kTapTiles || (!C::kWholeWidth && (k < C::kPadLeft || k >= kWidth - C::kRightReach));
+        return kTapTilesW || (!C::kWholeWidth && (k < C::kPadLeft || k >= kWidth - C::kRightReach));
     }
 };
 
@@ -53,7 +53,7 @@ struct TapsNchwMasks {
 #pragma unroll
         for (int k = 0; k < Window::kWidth; ++k) {
             int column = first + k;
-            if constexpr (!Window::kTapTiles &&
+            if constexpr (!Window::kTapTilesW &&
                           C::kEvenColumns) {  // one mask a side: only outermost tiles reach over it
                 constexpr int kBetween = C::kColumns * C::kStrideW;
                 if (k < C::kPadLeft && k < Window::kWidth - C::kRightReach && kBetween >= C::kPadLeft)

@@ -10,8 +10,9 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
 from .strips import planar, too_deep, too_long
-from .taps_nchw_geometry import Geometry, Tile, at_once, geometry_of
-from .taps_nchw_tiles import taps_seconds, tiles_of, whole
+from .taps_nchw_geometry import geometry_of
+from .taps_nchw_layout import Geometry, Tile, at_once, whole
+from .taps_nchw_tiles import taps_seconds, tiles_of
 
 
 class TapsNchw(Variant):

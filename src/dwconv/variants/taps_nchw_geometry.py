@@ -3,119 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .banks import banked
 from .strips import divided, planar, up
+from .taps_nchw_layout import Geometry, Pitches, Tile, read_widths, registers, shared_bytes, sum_bytes
 
 SHORT_LINE = 1024  # bytes: shorter lines come through L1, for the sectors that two of them share
-AT_ONCE = 16  # sums of each thread that are added up at once, or more where stages have taken the room for them
 MOST_PARTIAL = 1 << 26  # bytes
 MOST_PARTS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """The free choices.
-
-    Attributes:
-        rows, columns: outputs of a tile, which a thread has in registers.
-        tap_rows, tap_columns: taps whose sums it has.
-        threads: of a block.
-    """
-
-    rows: int
-    columns: int
-    tap_rows: int
-    tap_columns: int
-    threads: int = 128
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows} × {self.columns} outputs and {self.tap_rows} × {self.tap_columns} taps a thread, "
-            f"{self.threads} threads"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Pitches:
-    """Where x or g stands in a stage: steps in elements, congruent to those of memory modulo 16 bytes.
-
-    Attributes:
-        image, plane, row: steps.
-        merged: whether whole planes of neighbouring channels are one stretch.
-        team: threads that copy one line.
-        elements: in all.
-    """
-
-    image: int
-    plane: int
-    row: int
-    merged: bool
-    team: int
-    elements: int
-    line_bytes: int
-
-    @property
-    def fields(self) -> tuple[int, ...]:
-        return self.image, self.plane, self.row, int(self.merged)
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The stages and parts of a problem.
-
-    Attributes:
-        channels, images: input channels, images of a stage.
-        row_tiles, column_tiles: of a band of a plane; row_lanes: of threads that share its rows of tiles.
-        row_bands, column_bands: of a plane.
-        tap_tiles, tap_tile_columns: of a filter, in all and side by side.
-        depth_taps: of filters of volumes, whose planes count as images for each tap; else 1.
-        groups, parts: of the grid: groups of channels, as many times as depth_taps; units: stages of a group,
-            part_units: of a block.
-        read_x, read_g: elements that one read of shared memory brings.
-        reach: rows, columns of padding below and right of x that outputs read.
-        scratch: sums of a block in shared memory.
-        blocks: that a multiprocessor holds.
-        used: threads of a block that have a tile.
-        read_clocks: of shared memory, for a warp's read of x, of g.
-    """
-
-    channels: int
-    images: int
-    row_tiles: int
-    column_tiles: int
-    row_lanes: int
-    row_bands: int
-    column_bands: int
-    tap_tiles: int
-    tap_tile_columns: int
-    groups: int
-    parts: int
-    units: int
-    part_units: int
-    read_x: int
-    read_g: int
-    reach: tuple[int, int]
-    cached: bool
-    x: Pitches
-    g: Pitches
-    x_begin: int
-    g_begin: int
-    stage_elements: int
-    scratch: int
-    shared_bytes: int
-    partial_bytes: int
-    blocks: int = 1
-    used: int = 0
-    depth_taps: int = 1
-    read_clocks: tuple[int, int] = (1, 1)
-
-
-def sum_bytes(problem: DepthwiseProblem) -> int:
-    return max(4, problem.element_bytes)
 
 
 def far_reach(problem: DepthwiseProblem) -> tuple[int, int]:
@@ -133,36 +31,6 @@ def far_reach(problem: DepthwiseProblem) -> tuple[int, int]:
         )
     )
     return below, right
-
-
-def read_widths(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
-    """Elements of x, of g, that every read of a tile's row finds aligned in shared memory."""
-    most = min(16, problem.aligned) // problem.element_bytes
-    x_image, x_channel = problem.plane_strides[:2]
-    between = tile.columns * problem.stride[1]
-    moved = (problem.out_size[1] - tile.columns) * problem.stride[1]  # the last tile is moved inside
-    tapped = 0 if tile.tap_columns == problem.filter[1] else tile.tap_columns * problem.dilation[1]
-    x = math.gcd(most, problem.size[1], x_image, x_channel, between, moved, tapped)
-    return x, math.gcd(most, problem.out_size[1], tile.columns)
-
-
-def registers(problem: DepthwiseProblem, tile: Tile) -> int:
-    """Estimate of a thread's registers: the rows of g that meet one row of x, sums, columns of x and their masks."""
-    met = min(tile.rows, divided((tile.tap_rows - 1) * problem.dilation[0] + 1, problem.stride[0]))
-    width = window_width(problem, tile)
-    if window_height(problem, tile) == 1:  # columns are read one after the other
-        width = min(width, 16)
-    values = met * tile.columns + tile.tap_rows * tile.tap_columns + width
-    masks = 0 if (tile.tap_rows, tile.tap_columns) == problem.filter else width
-    return values * max(1, problem.element_bytes // 4) + masks + (40 if problem.element_bytes == 2 else 34)
-
-
-def window_height(problem: DepthwiseProblem, tile: Tile) -> int:
-    return (tile.rows - 1) * problem.stride[0] + (tile.tap_rows - 1) * problem.dilation[0] + 1
-
-
-def window_width(problem: DepthwiseProblem, tile: Tile) -> int:
-    return (tile.columns - 1) * problem.stride[1] + (tile.tap_columns - 1) * problem.dilation[1] + 1
 
 
 def pitches(
@@ -291,31 +159,7 @@ def _cut(
         stage_elements=stage_elements, scratch=up(outputs + 1, 4), shared_bytes=0, partial_bytes=0,
         used=images * planes * tiled_taps * lanes * column_tiles,
     )  # fmt: skip
-    return replace(found, shared_bytes=_shared_bytes(problem, tile, found))
-
-
-def _shared_bytes(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
-    """Two stages; in the end the sums of all threads."""
-    sums = tile.tap_rows * tile.tap_columns + problem.bias
-    quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
-    of_block = min(sums, AT_ONCE) * _each_sum(problem, tile, geometry)
-    of_parts = quantities * sums * divided(geometry.parts, 8)
-    scratch = (geometry.scratch + max(of_block, of_parts)) * sum_bytes(problem)
-    return max(2 * geometry.stage_elements * problem.element_bytes, up(scratch, 16))
-
-
-def _each_sum(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
-    """Elements of shared memory in which one sum of every thread is added up."""
-    quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
-    terms = geometry.images * geometry.row_lanes * geometry.column_tiles
-    return tile.threads + 1 + quantities * divided(terms, 8)
-
-
-def at_once(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
-    """Sums of each thread that are added up at once: as few times as there is room for, alike many each time."""
-    sums = tile.tap_rows * tile.tap_columns + problem.bias
-    room = geometry.shared_bytes // sum_bytes(problem) - geometry.scratch
-    return divided(sums, divided(sums, room // _each_sum(problem, tile, geometry)))
+    return replace(found, shared_bytes=shared_bytes(problem, tile, found))
 
 
 def lanes_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> list[tuple[int, int, int]]:
@@ -325,8 +169,8 @@ def lanes_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> list[
     for thread in range(min(32, geometry.used)):
         above, lane = divmod(thread, geometry.row_lanes * geometry.column_tiles)
         row, column = divmod(lane, geometry.column_tiles)
-        above, tap_tile = divmod(above, geometry.tap_tiles)
-        image, plane = divmod(above, planes)
+        above, plane = divmod(above, planes)
+        tap_tile, image = divmod(above, geometry.images)
         tap_row, tap_column = divmod(tap_tile, geometry.tap_tile_columns)
         row, column = row * tile.rows, column * tile.columns
         in_row = row * problem.stride[0] + tap_row * tile.tap_rows * problem.dilation[0]
@@ -366,7 +210,7 @@ def _spread(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> Geomet
         stage_elements=geometry.stage_elements + last * (x_more + g_more),
         read_clocks=(x_clocks, g_clocks),
     )
-    return replace(found, shared_bytes=_shared_bytes(problem, tile, found))
+    return replace(found, shared_bytes=shared_bytes(problem, tile, found))
 
 
 def resident(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry) -> int:
@@ -398,6 +242,6 @@ def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry:
     found = replace(geometry, parts=parts, part_units=each, blocks=blocks)
     return replace(
         found,
-        shared_bytes=_shared_bytes(problem, tile, found),
+        shared_bytes=shared_bytes(problem, tile, found),
         partial_bytes=geometry.groups * parts * outputs * sum_bytes(problem) if parts > 1 else 0,
     )

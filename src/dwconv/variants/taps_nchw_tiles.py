@@ -10,9 +10,21 @@ from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .strips import divided, planar, up
-from .taps_nchw_geometry import Geometry, Tile, geometry_of, read_widths, registers, window_height, window_width
+from .taps_nchw_geometry import geometry_of
+from .taps_nchw_layout import (
+    Geometry,
+    Tile,
+    at_once,
+    read_widths,
+    registers,
+    whole,
+    window_height,
+    window_width,
+)
 
 MOST_TAPS = 50  # whose sums a thread has in registers; half as many in float64
+MOST_ROW_TAPS = 60  # of whole rows of the filter on images as narrow as a tile, where no columns are masked
+NARROW = 28  # columns of such images
 MOST_PRODUCTS = 3200  # of a tile: its code is that long
 MOST_REGISTERS = 200
 MOST_TILES = 14
@@ -30,6 +42,7 @@ NEAR_CODE, MOST_CODE, CODE_SLOWS = 400, 4000, 0.12  # longer code is fetched fro
 STAGE_INSTRUCTIONS = 510  # places of lines, barriers
 READ_CLOCKS, COPY_CLOCKS = 0.35, 23.0  # of shared memory: a warp's reads; 512 bytes that arrive
 MOST_ISSUED, WARP_ISSUES = 4.0, 0.98  # instructions a clock: of a multiprocessor; of one warp alone
+ENDING, PASS_CLOCKS, SUM_CLOCKS = 7300, 900, 25  # clocks: to end; to add up sums of threads; for each sum
 STAGE_LATENCIES = 2.17  # of DRAM: what a stage takes at least
 
 
@@ -58,7 +71,11 @@ def tap_tiles(problem: DepthwiseProblem) -> list[tuple[int, int]]:
             # an x row of the window is read for `rows` rows of g, a column for `columns` of its columns
             reads = 1.0 / rows + 1.0 / columns + 2.0 / (rows * columns)
             found.append((covered * (1 + 0.5 * reads), rows, columns))
-    return [(rows, columns) for _, rows, columns in sorted(found)[:3]]
+    best = [(rows, columns) for _, rows, columns in sorted(found)[:3]]
+    if problem.out_size[1] > NARROW or problem.element_bytes == 2:
+        return best
+    whole_rows = [(rows, taps_w) for rows in pieces(taps_h, MOST_ROW_TAPS * most // MOST_TAPS // taps_w)]
+    return best + [tile for tile in whole_rows[:3] if tile not in best]
 
 
 def rolled(problem: DepthwiseProblem, tile: Tile) -> bool:
@@ -81,14 +98,21 @@ def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
             divided(problem.filter[0], tap_rows) * tap_rows * divided(problem.filter[1], tap_columns) * tap_columns
         )
         legal = []
+        whole_rows = tap_columns == problem.filter[1] and out_w <= NARROW
         for rows in dict.fromkeys(min(rows, out_h) for rows in (7, 1, 2, 4, 5, 6, 8, 10, 14)):
-            for columns in range(min(4, out_w), min(16 if out_h > 1 else 32, out_w) + 1):
+            widest = NARROW if whole_rows else 16 if out_h > 1 else 32
+            for columns in range(min(4, out_w), min(widest, out_w) + 1):
                 tile = Tile(rows, columns, tap_rows, tap_columns)
                 products = rows * columns * tap_rows * tap_columns
+                if whole(problem, tile, 1):
+                    products = int(products * valid_share(problem, 1))
                 if products > MOST_PRODUCTS or registers(problem, tile) > MOST_REGISTERS or rolled(problem, tile):
                     continue
                 # A product is an instruction, an element of x or g two or three: it is read, converted, masked.
-                elements = window_height(problem, tile) * window_width(problem, tile) + rows * columns
+                width = window_width(problem, tile)
+                if whole(problem, tile, 1):
+                    width = min(width, problem.size[1])
+                elements = window_height(problem, tile) * width + rows * columns
                 instructions = products + 2 * elements + 80
                 tiles = divided(out_h, rows) * divided(out_w, columns) * covered / (tap_rows * tap_columns)
                 legal.append((tiles * instructions * (1 if products < LONG_CODE else 1.3), tile))
@@ -96,12 +120,6 @@ def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
     ordered = [tile for _, tile in sorted(found, key=lambda each: each[0])]
     small = [tile for tile in ordered if tile.rows * tile.columns <= SMALL_TILE]  # more blocks, for the same memory
     return list(dict.fromkeys(ordered[:MOST_SHAPES] + small[:MOST_SHAPES]))
-
-
-def whole(problem: DepthwiseProblem, tile: Tile, axis: int) -> bool:
-    """Whether a tile has all taps and all outputs of that axis, so that it lies in the padding as every other does."""
-    outputs = (tile.rows, tile.columns)[axis]
-    return (tile.tap_rows, tile.tap_columns) == problem.filter and outputs == problem.out_size[axis]
 
 
 def valid_share(problem: DepthwiseProblem, axis: int) -> float:
@@ -122,20 +140,23 @@ def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tu
     height, width = window_height(problem, tile), window_width(problem, tile)
     tapped = geometry.tap_tiles > 1
     # Rows of x outside of the image are left out, columns if all tiles lie alike.
-    whole_rows = whole(problem, tile, 0)
-    share = tapped_share = valid_share(problem, 0) if tapped or whole_rows else 1.0
-    if whole(problem, tile, 1):
+    all_rows, all_columns = whole(problem, tile, 0), whole(problem, tile, 1)
+    share = tapped_share = valid_share(problem, 0) if tile.tap_rows < problem.filter[0] or all_rows else 1.0
+    if all_columns:
         share *= valid_share(problem, 1)
+        width = min(width, problem.size[1])
     outputs = tile.rows * tile.columns
     converted = height * width + outputs if problem.element_bytes == 2 else 0
-    sides = width if tapped else 0 if whole(problem, tile, 1) else problem.padding[1][0] + geometry.reach[1]
+    sides = problem.padding[1][0] + geometry.reach[1] if tile.tap_columns == problem.filter[1] else width
+    sides = 0 if all_columns else sides
     masks = height * min(width, sides) + (0 if problem.out_size[1] % tile.columns == 0 else outputs)
     x_reads = height * divided(width + geometry.read_x - 1, geometry.read_x)
     g_reads = outputs / geometry.read_g
     products = outputs * tile.tap_rows * tile.tap_columns * (2 if problem.element_bytes == 8 else 1)
     clocks = x_reads * geometry.read_clocks[0] + g_reads * geometry.read_clocks[1]
     others = x_reads + g_reads + converted + masks
-    code = (products if tapped else share * products) + others + 3 * height
+    made = products * (valid_share(problem, 1) if all_columns else 1.0)
+    code = (made if tapped else share * products) + others + 3 * height
     return share * products + tapped_share * (others + ROW_WAIT * height) + 80, tapped_share * clocks, code
 
 
@@ -175,7 +196,10 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
         stage(divided(rest, device.multiprocessors)) if rest else 0.0
     )
     sums = tile.tap_rows * tile.tap_columns + problem.bias
-    ending = 7300 + 255 * sums + (6350 + 12 * geometry.parts if geometry.parts > 1 else 0)
+    passes = divided(sums, at_once(problem, tile, geometry))
+    ending = (
+        ENDING + PASS_CLOCKS * passes + SUM_CLOCKS * sums + (6350 + 12 * geometry.parts if geometry.parts > 1 else 0)
+    )
     start = LAUNCH_SECONDS + 2.0e-6 + ending / device.clock * math.sqrt(max(1.0, blocks / wave))
     return start + geometry.part_units * rounds
 
