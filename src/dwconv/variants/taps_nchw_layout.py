@@ -19,6 +19,7 @@ class Tile:
         rows, columns: outputs of a tile, which a thread has in registers.
         tap_rows, tap_columns: taps whose sums it has.
         threads: of a block.
+        tap_depth: of volumes, neighbouring taps of the depth, each with as many of its plane.
     """
 
     rows: int
@@ -26,10 +27,16 @@ class Tile:
     tap_rows: int
     tap_columns: int
     threads: int = 128
+    tap_depth: int = 1
+
+    @property
+    def taps(self) -> int:
+        return self.tap_depth * self.tap_rows * self.tap_columns
 
     def __str__(self) -> str:
+        depth = f"{self.tap_depth} × " if self.tap_depth > 1 else ""
         return (
-            f"{self.rows} × {self.columns} outputs and {self.tap_rows} × {self.tap_columns} taps a thread, "
+            f"{self.rows} × {self.columns} outputs and {depth}{self.tap_rows} × {self.tap_columns} taps a thread, "
             f"{self.threads} threads"
         )
 
@@ -67,8 +74,8 @@ class Geometry:
         row_tiles, column_tiles: of a band of a plane; row_lanes: of threads that share its rows of tiles.
         row_bands, column_bands: of a plane.
         tap_tiles, tap_tile_columns: of a filter, in all and side by side.
-        depth_taps: of filters of volumes, whose planes count as images for each tap; else 1.
-        groups, parts: of the grid: groups of channels, as many times as depth_taps; units: stages of a group,
+        depth_tiles: of taps of the depth of volumes, whose planes count as images for each of them; else 1.
+        groups, parts: of the grid: groups of channels, as many times as depth_tiles; units: stages of a group,
             part_units: of a block.
         read_x, read_g: elements that one read of shared memory brings.
         reach: rows, columns of padding below and right of x that outputs read.
@@ -105,7 +112,7 @@ class Geometry:
     partial_bytes: int
     blocks: int = 1
     used: int = 0
-    depth_taps: int = 1
+    depth_tiles: int = 1
     read_clocks: tuple[int, int] = (1, 1)
 
 
@@ -132,9 +139,10 @@ def registers(problem: DepthwiseProblem, tile: Tile) -> int:
         width = min(width, 16)
     elif whole(problem, tile, 1):
         width = min(width, problem.size[1])
-    values = met * tile.columns + tile.tap_rows * tile.tap_columns + width
+    values = met * tile.columns + tile.taps + width
     masks = 0 if tile.tap_columns == problem.filter[1] else width
-    return values * max(1, problem.element_bytes // 4) + masks + (40 if problem.element_bytes == 2 else 34)
+    deep = 16 if tile.tap_depth > 1 else 0  # masks and places last from one tap of the depth to the next
+    return values * max(1, problem.element_bytes // 4) + masks + deep + (40 if problem.element_bytes == 2 else 34)
 
 
 def whole(problem: DepthwiseProblem, tile: Tile, axis: int) -> bool:
@@ -153,7 +161,7 @@ def window_width(problem: DepthwiseProblem, tile: Tile) -> int:
 
 def shared_bytes(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
     """Two stages; in the end the sums of all threads."""
-    sums = tile.tap_rows * tile.tap_columns + problem.bias
+    sums = tile.taps + problem.bias
     quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
     of_block = min(sums, AT_ONCE) * _each_sum(problem, tile, geometry)
     of_parts = quantities * sums * divided(geometry.parts, 8)
@@ -170,6 +178,6 @@ def _each_sum(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
 
 def at_once(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
     """Sums of each thread that are added up at once: as few times as there is room for, alike many each time."""
-    sums = tile.tap_rows * tile.tap_columns + problem.bias
+    sums = tile.taps + problem.bias
     room = geometry.shared_bytes // sum_bytes(problem) - geometry.scratch
     return divided(sums, divided(sums, room // _each_sum(problem, tile, geometry)))

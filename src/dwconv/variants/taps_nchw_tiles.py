@@ -89,7 +89,7 @@ def rolled(problem: DepthwiseProblem, tile: Tile) -> bool:
     return steps > MOST_STEPS and tile.columns < 14
 
 
-def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
+def shapes_of(problem: DepthwiseProblem, depth: int = 1) -> list[Tile]:
     """Tiles whose values fit in registers and whose code isn't too long: those that take the fewest instructions."""
     out_h, out_w = problem.out_size
     found: list[tuple[float, Tile]] = []
@@ -119,7 +119,15 @@ def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
         found += legal or [(math.inf, Tile(1, min(4, out_w), tap_rows, tap_columns))]
     ordered = [tile for _, tile in sorted(found, key=lambda each: each[0])]
     small = [tile for tile in ordered if tile.rows * tile.columns <= SMALL_TILE]  # more blocks, for the same memory
-    return list(dict.fromkeys(ordered[:MOST_SHAPES] + small[:MOST_SHAPES]))
+    shapes = list(dict.fromkeys(ordered[:MOST_SHAPES] + small[:MOST_SHAPES]))
+    depths = sorted({divided(depth, count) for count in range(1, depth + 1)})
+    deep = [replace(tile, tap_depth=taps) for tile in shapes for taps in depths]
+    return [tile for tile in deep if tile.tap_depth == 1 or registers(problem, tile) <= MOST_REGISTERS]
+
+
+def shape_of(tile: Tile) -> tuple[int, int, int]:
+    """What tiles have alike of which two at most are worth timing."""
+    return tile.rows, tile.columns, tile.tap_depth
 
 
 def valid_share(problem: DepthwiseProblem, axis: int) -> float:
@@ -157,7 +165,8 @@ def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tu
     others = x_reads + g_reads + converted + masks
     made = products * (valid_share(problem, 1) if all_columns else 1.0)
     code = (made if tapped else share * products) + others + 3 * height
-    return share * products + tapped_share * (others + ROW_WAIT * height) + 80, tapped_share * clocks, code
+    each = share * products + tapped_share * (others + ROW_WAIT * height)
+    return tile.tap_depth * each + 80, tile.tap_depth * tapped_share * clocks, tile.tap_depth * code
 
 
 def slowed(code: float) -> float:
@@ -172,13 +181,13 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
     tiles = divided(geometry.row_tiles, geometry.row_lanes)
     warps = tile.threads / 32
     # pieces of 16 bytes that a warp copies at once
-    copied = (geometry.x.elements + geometry.g.elements) * problem.element_bytes / 16 / tile.threads
+    copied = (tile.tap_depth * geometry.x.elements + geometry.g.elements) * problem.element_bytes / 16 / tile.threads
     work = warps * (tiles * instructions * slowed(code) + STAGE_INSTRUCTIONS + 2 * copied)
     shared = warps * (READ_CLOCKS * tiles * clocks + COPY_CLOCKS * copied)
     in_rows = geometry.row_tiles * tile.rows * problem.stride[0]
     halo = ((problem.filter[0] - 1) * problem.dilation[0]) / in_rows if geometry.row_bands > 1 else 0.0
     x_bytes = problem.batch * problem.channels * math.prod(problem.size) * problem.element_bytes
-    again = max(1.0, 0.7 * geometry.depth_taps)  # taps of the depth read x and g through L2, beside one another
+    again = max(1.0, 0.7 * geometry.depth_tiles)  # taps of the depth read x and g through L2, beside one another
     stage_bytes = again * (problem.least_bytes + 0.2 * halo * x_bytes) / (geometry.units * geometry.groups)
 
     def stage(resident: int) -> float:
@@ -195,7 +204,7 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
     rounds = (full * stage(geometry.blocks) if full else 0.0) + (
         stage(divided(rest, device.multiprocessors)) if rest else 0.0
     )
-    sums = tile.tap_rows * tile.tap_columns + problem.bias
+    sums = tile.taps + problem.bias
     passes = divided(sums, at_once(problem, tile, geometry))
     ending = (
         ENDING + PASS_CLOCKS * passes + SUM_CLOCKS * sums + (6350 + 12 * geometry.parts if geometry.parts > 1 else 0)
@@ -215,7 +224,7 @@ def tiles_of(problem: DepthwiseProblem, device: DeviceSpec) -> list[tuple[Tile, 
         if isinstance(geometry, Geometry):
             found.append((taps_seconds(planes, device, tile, geometry), tile, geometry))
 
-    for shape in shapes_of(planes):
+    for shape in shapes_of(planes, problem.filter[0] if problem.dims == 3 else 1):
         for threads in THREADS:
             add(shape, threads)
     found.sort(key=lambda each: each[0])
@@ -224,7 +233,7 @@ def tiles_of(problem: DepthwiseProblem, device: DeviceSpec) -> list[tuple[Tile, 
             add(shape, threads)
     chosen: list[tuple[Tile, Geometry]] = []
     for _, tile, geometry in sorted(found, key=lambda each: each[0]):
-        same = [other for other, _ in chosen if (other.rows, other.columns) == (tile.rows, tile.columns)]
+        same = [other for other, _ in chosen if shape_of(other) == shape_of(tile)]
         alike = [other for other in same if abs(other.threads - tile.threads) < 64]
         if len(same) < 2 and not alike and len(chosen) < MOST_TILES:
             chosen.append((tile, geometry))
