@@ -71,7 +71,8 @@ def tap_tiles(problem: DepthwiseProblem) -> list[tuple[int, int]]:
             # an x row of the window is read for `rows` rows of g, a column for `columns` of its columns
             reads = 1.0 / rows + 1.0 / columns + 2.0 / (rows * columns)
             found.append((covered * (1 + 0.5 * reads), rows, columns))
-    best = [(rows, columns) for _, rows, columns in sorted(found)[:3]]
+    # In 32 bits conflicts of banks decide as much as instructions, and few sizes have none.
+    best = [(rows, columns) for _, rows, columns in sorted(found)[: 3 if problem.element_bytes == 2 else 5]]
     if problem.out_size[1] > NARROW or problem.element_bytes == 2:
         return best
     whole_rows = [(rows, taps_w) for rows in pieces(taps_h, MOST_ROW_TAPS * most // MOST_TAPS // taps_w)]
@@ -93,6 +94,7 @@ def shapes_of(problem: DepthwiseProblem, depth: int = 1) -> list[Tile]:
     """Tiles whose values fit in registers and whose code isn't too long: those that take the fewest instructions."""
     out_h, out_w = problem.out_size
     found: list[tuple[float, Tile]] = []
+    of_each: list[tuple[float, Tile]] = []  # tile of taps: geometries will tell whose reads meet few banks
     for tap_rows, tap_columns in tap_tiles(problem):
         covered = (
             divided(problem.filter[0], tap_rows) * tap_rows * divided(problem.filter[1], tap_columns) * tap_columns
@@ -116,18 +118,20 @@ def shapes_of(problem: DepthwiseProblem, depth: int = 1) -> list[Tile]:
                 instructions = products + 2 * elements + 80
                 tiles = divided(out_h, rows) * divided(out_w, columns) * covered / (tap_rows * tap_columns)
                 legal.append((tiles * instructions * (1 if products < LONG_CODE else 1.3), tile))
-        found += legal or [(math.inf, Tile(1, min(4, out_w), tap_rows, tap_columns))]
+        legal = sorted(legal, key=lambda each: each[0]) or [(math.inf, Tile(1, min(4, out_w), tap_rows, tap_columns))]
+        found += legal
+        of_each += legal[:MOST_SHAPES] if problem.element_bytes > 2 else []
     ordered = [tile for _, tile in sorted(found, key=lambda each: each[0])]
     small = [tile for tile in ordered if tile.rows * tile.columns <= SMALL_TILE]  # more blocks, for the same memory
-    shapes = list(dict.fromkeys(ordered[:MOST_SHAPES] + small[:MOST_SHAPES]))
+    shapes = list(dict.fromkeys(ordered[:MOST_SHAPES] + small[:MOST_SHAPES] + [tile for _, tile in of_each]))
     depths = sorted({divided(depth, count) for count in range(1, depth + 1)})
     deep = [replace(tile, tap_depth=taps) for tile in shapes for taps in depths]
     return [tile for tile in deep if tile.tap_depth == 1 or registers(problem, tile) <= MOST_REGISTERS]
 
 
-def shape_of(tile: Tile) -> tuple[int, int, int]:
+def shape_of(tile: Tile) -> tuple[int, ...]:
     """What tiles have alike of which two at most are worth timing."""
-    return tile.rows, tile.columns, tile.tap_depth
+    return tile.rows, tile.columns, tile.tap_depth, tile.tap_rows
 
 
 def valid_share(problem: DepthwiseProblem, axis: int) -> float:

@@ -50,7 +50,10 @@ class TapsNhwc(Variant):
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
             along, _ = axes(planes, tile.turned)
             if along.filter > max(LARGE, tile.taps[0]) and reached(along) < UNEVEN and problem.element_bytes > 2:
-                consider(replace(tile, waves=WAVES))
+                waves = replace(tile, waves=WAVES)
+                several, one = (cut(planes, device, each, depth_taps) for each in (waves, tile))
+                if several and one and several.parts > one.parts:
+                    consider(waves)
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
             if min(piece_bytes(planes, tile) or (0,)) == 16:
                 consider(replace(tile, cached=False))
