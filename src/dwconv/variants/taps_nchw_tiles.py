@@ -25,6 +25,7 @@ from .taps_nchw_layout import (
 MOST_TAPS = 50  # whose sums a thread has in registers; half as many in float64
 MOST_ROW_TAPS = 60  # of whole rows of the filter on images as narrow as a tile, where no columns are masked
 NARROW = 28  # columns of such images
+MOST_ROWS = 8  # of such tiles, of outputs: 14 rows of 14 spill at 1×27 taps (sm_90, NVRTC 13.0)
 MOST_PRODUCTS = 3200  # of a tile: its code is that long
 MOST_REGISTERS = 200
 MOST_TILES = 14
@@ -108,6 +109,8 @@ def shapes_of(problem: DepthwiseProblem, depth: int = 1) -> list[Tile]:
                 products = rows * columns * tap_rows * tap_columns
                 if whole(problem, tile, 1):
                     products = int(products * valid_share(problem, 1))
+                if whole(problem, tile, 1) and tap_rows < problem.filter[0] and rows > MOST_ROWS:
+                    continue
                 if products > MOST_PRODUCTS or registers(problem, tile) > MOST_REGISTERS or rolled(problem, tile):
                     continue
                 # A product is an instruction, an element of x or g two or three: it is read, converted, masked.
