@@ -101,7 +101,7 @@ def shapes_of(problem: DepthwiseProblem, depth: int = 1) -> list[Tile]:
             divided(problem.filter[0], tap_rows) * tap_rows * divided(problem.filter[1], tap_columns) * tap_columns
         )
         legal = []
-        whole_rows = tap_columns == problem.filter[1] and out_w <= NARROW
+        whole_rows = tap_columns == problem.filter[1] and out_w <= NARROW and problem.element_bytes > 2
         for rows in dict.fromkeys(min(rows, out_h) for rows in (7, 1, 2, 4, 5, 6, 8, 10, 14)):
             widest = NARROW if whole_rows else 16 if out_h > 1 else 32
             for columns in range(min(4, out_w), min(widest, out_w) + 1):

@@ -209,10 +209,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     part_rows = max(divided(positions, per_group), min(positions, line_rows, max(2, live)))
     if tile.waves > 1:  # there are enough parts for whole super-lines
         part_rows = max(line_rows, part_rows // line_rows * line_rows)
-    # Whole super-lines where that costs little: a part of two costs the last rows of one more.
-    whole = up(part_rows, line_rows)
-    if whole <= (1.1 * part_rows if part_rows > line_rows else part_rows + live - 1):
-        part_rows = whole
+    whole = up(part_rows, line_rows)  # super-lines, where that costs little
+    part_rows = whole if whole <= 1.1 * part_rows else part_rows
     return Cut(
         live=live,
         rows=rows,
@@ -297,12 +295,12 @@ def tiles(problem: DepthwiseProblem, device: DeviceSpec, depth: int = 1) -> Iter
             for a in tap_sizes(along.filter, 31 if flat else LARGE)
             + (tap_sizes(along.filter, 16) if flat else tap_sizes(along.filter, 3))
             + ([1, *tap_sizes(along.filter, 5)] if large and not flat else [])
-            for b in ([across.filter] if width <= NARROW or across.filter <= 7 else [])
+            for b in ([across.filter] if width <= (NARROW // 2 if half else NARROW) or across.filter <= 7 else [])
             + tap_sizes(across.filter, LARGE)
             + (tap_sizes(across.filter, 16) if large else [])
         ]
         for vector in (2, 1) if half and problem.multiplier == 1 else (1,):
-            depths = [1] if flat else sorted({divided(depth, count) for count in range(1, depth + 1)})
+            depths = [1] if flat or half else sorted({divided(depth, count) for count in range(1, depth + 1)})
             for taps, columns, depth_taps in product(dict.fromkeys(shapes), columns_of, depths):
                 registers = lane_registers(problem, turned, taps, columns, vector, depth_taps)
                 if registers > (MOST_VALUES if depth_taps == 1 else MOST_DEPTH_VALUES):
