@@ -56,11 +56,13 @@ struct TapsMatrixSums {
         const unsigned lane = threadIdx.x % 32;
         const unsigned group = lane % 8 + lane / 16 * 8;
 #pragma unroll
-        for (int i = 0; i < W::kMatrices; ++i)
-            x_from[i] = kept(16 * (group + (lane / 8 % 2 ? W::chunk_at(2 * i + 1) : W::chunk_at(2 * i))));
+        for (int i = 0; i < W::kMatrices; ++i) {
+            x_from[i] = 16 * (group + (lane / 8 % 2 ? W::chunk_at(2 * i + 1) : W::chunk_at(2 * i)));
+            keep(x_from[i]);
+        }
         g_from = W::kGAt + 16 * (lane % 16);
         if (C::kOwn % 2 == 0) g_from += lane / 16 * W::kGChannelBytes;
-        g_from = kept(g_from);
+        keep(g_from);
 #pragma unroll
         for (int o = 0; o < C::kOwn; ++o) {
 #pragma unroll

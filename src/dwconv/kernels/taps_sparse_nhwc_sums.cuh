@@ -36,13 +36,16 @@ struct TapsSparseSums {
     unsigned row[W::kSets][4][kWarpPairs];  // of g, as it was read
     unsigned x[2][W::kWords][kXPairs];      // windows of pairs of groups lane % 4, and 4 + lane % 4
     unsigned x_from, g_from;                // where the lane's first words are in a stage, in bytes
-    unsigned pattern = kept(kPairsOfChannels);
+    unsigned pattern = kPairsOfChannels;
 
     __device__ __forceinline__ TapsSparseSums() {
         const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4, position = lane / 4;
-        x_from = kept(warp * (4 * kXPairs) + position * W::kXPitch + pair * W::kXChunkBytes);
-        g_from = kept(warp * (4 * kWarpPairs) + position * W::kGPitch + W::kGAt + pair % 2 * W::kGPlaneBytes +
-                      pair / 2 * W::kGChunkBytes);
+        x_from = warp * (4 * kXPairs) + position * W::kXPitch + pair * W::kXChunkBytes;
+        g_from = warp * (4 * kWarpPairs) + position * W::kGPitch + W::kGAt + pair % 2 * W::kGPlaneBytes +
+                 pair / 2 * W::kGChunkBytes;
+        keep(x_from);
+        keep(g_from);
+        keep(pattern);
 #pragma unroll
         for (int p = 0; p < kWarpPairs; ++p) {
 #pragma unroll
