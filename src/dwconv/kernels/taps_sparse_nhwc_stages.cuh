@@ -73,7 +73,9 @@ struct TapsSparse : TapsAxes<C> {
     // the last block's threads.
     static constexpr int kSumPitch = 9, kSumsBytes = 4 * 16 * kChunks * kSumPitch * C::kSlab * C::kWarps;
     static constexpr int kGatesAt = up(larger(C::kStages * kStageBytes, larger(kSumsBytes, 16 * (kThreads + 1))), 16);
-    static constexpr bool kReadAtOnce = A::kRows * kSets == 1;  // before products are made
+    // What is read before copies are started: the row of g, where registers are left for it; so all, if that isn't
+    // more.
+    static constexpr bool kRowAhead = C::kOwn < 8, kReadAtOnce = kRowAhead && A::kRows * kSets == 1;
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");
 
     __device__ __forceinline__ static int first_channel() { return 0; }

@@ -74,13 +74,17 @@ struct TapsSparseSums {
                 read_pairs(from + e * W::kXRowBytes + (W::word_at(w) + 8 * set + 4 * i) * W::kXChunkBytes, x[i][w]);
     }
 
-    // Reads the row of g of a stage, and the first windows of x, so that copies can be started meanwhile.
-    __device__ __forceinline__ void read(unsigned stage) {
+    __device__ __forceinline__ void read_row(unsigned stage) {
         const unsigned char* const from = shared_memory<unsigned char>() + (stage + g_from);
 #pragma unroll
         for (int set = 0; set < W::kSets; ++set)
 #pragma unroll
             for (int i = 0; i < 4; ++i) read_pairs(from + (8 * set + 2 * i) * W::kGChunkBytes, row[set][i]);
+    }
+
+    // Reads the first windows of x of a stage, and its row of g, so that copies can be started meanwhile.
+    __device__ __forceinline__ void read(unsigned stage) {
+        if constexpr (W::kRowAhead) read_row(stage);
         read_windows(shared_memory<unsigned char>() + (stage + x_from), 0, 0);
     }
 
@@ -103,7 +107,10 @@ struct TapsSparseSums {
     template <int Phase>
     __device__ __forceinline__ void step(unsigned stage, int number, const LinesSegment<W>& segment,
                                          const LinesPlace<W>& place) {
-        if (number < segment.end) take_row<Phase>();
+        if (number < segment.end) {
+            if constexpr (!W::kRowAhead) read_row(stage);
+            take_row<Phase>();
+        }
         const unsigned char* const from = shared_memory<unsigned char>() + (stage + x_from);
         const int first = segment.base + number * W::kReach;
 #pragma unroll

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .strips import divided, widest
-from .taps_lines import Layout, LinesVariant, Tile, across_axis, line_shapes, narrow, tap_rows, with_residents
+from .taps_lines import LinesVariant
+from .taps_lines_cost import Costs
+from .taps_lines_tiles import Layout, Tile, across_axis, line_shapes, narrow, tap_rows, with_residents
 from .taps_nhwc_tiles import axes
 
 MOST_REGISTERS = 140  # of a thread for sums, rows of g and fragments
@@ -20,6 +22,24 @@ MOST_STAGES = 8
 class TapsMatrixNchw(LinesVariant):
     stem = "taps_matrix_nchw"
     layouts = ("channels_first",)
+    # Fitted to 1378 tiles of 44 problems (H200, 2026-11).
+    costs = Costs(
+        product=1.43,
+        piece=5.9,
+        step=83.0,
+        segment=59.0,
+        idle_warps=4.4,
+        tensor_clocks=4.9,
+        copy_clocks=6.5,
+        l2_bytes=56.0,
+        wait=0.04,
+        narrow=0.295,
+        past_narrow=0.15,
+        thrash=0.21,
+        start=5.3e-6,
+        parts=2.2e-6,
+        round=0.57e-6,
+    )
     technique = (
         "rows of x are matrices of overlapping windows, rows of y's gradient matrices of groups of outputs; tensor "
         "cores multiply them for each row of taps, each warp those of channels of its own"
@@ -75,6 +95,7 @@ class TapsMatrixNchw(LinesVariant):
             row_bytes=16 * matrices * 9 * 4,
             products=tile.own * matrices * sets,
             loads=(tile.own * matrices * sets, tile.own * sets / 2),
+            wavefronts=(4 * x_own * matrices * sets, 2 * tile.own * sets),
             registers=registers + PIECE_REGISTERS * (x_pieces + g_pieces),
         )
 
@@ -88,7 +109,9 @@ class TapsMatrixNchw(LinesVariant):
                 taps_b = taps_b // 4 * 4
             for groups, lines in line_shapes(across.out, SET):
                 all_lines = problem.batch * divided(across.out, 8 * groups)
-                for own, sets in ((4, 1), (2, 1), (2, 2), (1, 1), (1, 2)):
+                # Two sets a step win where lines are long, or filters wide, and lose up to a third elsewhere (H200).
+                twice = ((2, 2), (1, 2)) if across.out > 64 or taps_b > 8 else ()
+                for own, sets in ((4, 1), (2, 1), (1, 1), *twice):
                     fitting = max(1, min(sets * lines, all_lines))
                     if (own % m and m % own) or fitting <= (sets - 1) * lines:
                         continue

@@ -8,7 +8,9 @@ from dataclasses import replace
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .strips import divided, up, widest
-from .taps_lines import Layout, LinesVariant, Tile, across_axis, line_shapes, narrow, tap_rows, with_residents
+from .taps_lines import LinesVariant
+from .taps_lines_cost import Costs
+from .taps_lines_tiles import Layout, Tile, across_axis, line_shapes, narrow, tap_rows, with_residents
 from .taps_nhwc_tiles import axes
 
 MOST_REGISTERS = 214  # of a thread for sums, rows of g and fragments
@@ -21,6 +23,24 @@ MOST_STAGES = 8
 class TapsSparseNhwc(LinesVariant):
     stem = "taps_sparse_nhwc"
     layouts = ("channels_last",)
+    # Fitted to 1046 tiles of 48 problems (H200, 2026-11).
+    costs = Costs(
+        product=4.1,
+        piece=4.1,
+        step=55.0,
+        segment=38.0,
+        idle_warps=14.0,
+        tensor_clocks=3.8,
+        copy_clocks=16.0,
+        l2_bytes=59.0,
+        wait=1.24,
+        narrow=0.117,
+        past_narrow=0.374,
+        thrash=0.55,
+        start=5.6e-6,
+        parts=3.1e-6,
+        round=0.65e-6,
+    )
     technique = (
         "rows of x are matrices of overlapping windows of two channels, sparse by their shape, and rows of y's "
         "gradient matrices of groups of outputs; tensor cores multiply them for each row of taps"
@@ -82,6 +102,7 @@ class TapsSparseNhwc(LinesVariant):
             row_bytes=2 * 8 * chunks * 9 * 4,
             products=own_pairs * chunks * sets,
             loads=(sets * (2 * words + 4 * own_pairs * chunks), 4 * sets),
+            wavefronts=(8 * sets * words, 16 * sets),
             registers=registers
             + own_pairs * 4 * sets
             + 2 * words * x_pairs
