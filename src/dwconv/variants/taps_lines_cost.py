@@ -14,6 +14,8 @@ from .taps_lines_tiles import Cut, Tile
 from .taps_nhwc_cost import l1_bytes, reached
 from .taps_nhwc_tiles import axes
 
+NORM = 3  # times beside each other take the norm of them, of this order
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -27,6 +29,7 @@ class Costs:
         l2_bytes: of a clock, to a multiprocessor.
         wait: latencies of DRAM that a stage takes, from when it is free.
         narrow, past_narrow: more DRAM time for each halving of 128 neighbouring bytes, through L1 and past it.
+        past: more DRAM time past L1.
         thrash: more DRAM time for each doubling of the lines in flight beyond L1.
         start, parts, round: seconds beside the launch; to leave parts; of a round of loads of parts.
     """
@@ -42,6 +45,7 @@ class Costs:
     wait: float
     narrow: float
     past_narrow: float
+    past: float
     thrash: float
     start: float
     parts: float
@@ -75,10 +79,11 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut,
         kept = l1_bytes(device, one.resident, one.shared_bytes)
         dram *= 1.0 + costs.thrash * max(0.0, math.log2(lines / kept))
     else:
-        dram *= 1.0 + costs.past_narrow * math.log2(128 / together)
+        dram *= 1.0 + costs.past + costs.past_narrow * math.log2(128 / together)
     waits = steps * (full + bool(rest)) * costs.wait * device.latency_ns * 1e-9
     in_time = waits / (tile.stages - 1)
-    body = float((dram**3 + issue**3 + tensor**3 + shared**3 + l2**3 + in_time**3) ** (1 / 3))
+    times = dram, issue, tensor, shared, l2, in_time
+    body = float(sum(time**NORM for time in times) ** (1 / NORM))
     if min(layout.x_bytes, layout.g_bytes) == 2:  # a thread waits for such copies
         body += waits
     last = 0.0

@@ -184,6 +184,6 @@ def with_residents(
         return
     for blocks in sorted({most, max(1, most // 2)}):
         stages = min(most_stages, (device.shared_bytes // blocks - 1024) // stage_bytes)
-        for fewer in sorted({stages, 4, 3} if stages >= 4 else {stages, 2}):
-            if 2 <= fewer <= stages:
+        for fewer in sorted({stages, 4, 3}):
+            if 3 <= fewer <= stages:  # two lost in all of some thirty problems
                 yield replace(shape, stages=fewer, min_blocks=blocks)

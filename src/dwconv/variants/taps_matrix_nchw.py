@@ -14,7 +14,7 @@ from .taps_nhwc_tiles import axes
 
 MOST_REGISTERS = 140  # of a thread for sums, rows of g and fragments
 OTHER_REGISTERS = 40  # of a thread, beside those
-PIECE_REGISTERS = 2
+PIECE_REGISTERS, WAITING_REGISTERS = 2, 4  # for a copy; for one of two bytes, which the thread waits for
 SET = 16  # groups of eight outputs that a product takes
 MOST_STAGES = 8
 
@@ -35,6 +35,7 @@ class TapsMatrixNchw(LinesVariant):
         wait=0.04,
         narrow=0.295,
         past_narrow=0.15,
+        past=0.1,
         thrash=0.21,
         start=5.3e-6,
         parts=2.2e-6,
@@ -96,7 +97,11 @@ class TapsMatrixNchw(LinesVariant):
             products=tile.own * matrices * sets,
             loads=(tile.own * matrices * sets, tile.own * sets / 2),
             wavefronts=(4 * x_own * matrices * sets, 2 * tile.own * sets),
-            registers=registers + PIECE_REGISTERS * (x_pieces + g_pieces),
+            registers=registers
+            + sum(
+                pieces * (WAITING_REGISTERS if elements == 1 else PIECE_REGISTERS)
+                for pieces, elements in ((x_pieces, x_elements), (g_pieces, g_elements))
+            ),
         )
 
     def tiles(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:

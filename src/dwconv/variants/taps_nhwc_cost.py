@@ -14,6 +14,7 @@ from .taps_nhwc_tiles import Axis, Cut, Tile, axes, piece_bytes, sum_bytes
 # Constants of the model: fitted to 961 tiles of 92 problems (H200, 2026-11).
 READ, COPY, TAP_ROW, SEGMENT = 1.8, 8.0, 10.0, 400.0  # instructions of a warp
 DEPTH_TAP = 0.2  # of TAP_ROW, for each further tap of the depth: they share the comparisons
+LONG_CODE, FETCHED = 900, 1.5  # products of a step from which on fetching code slows them down, and how much
 IDLE_WARPS = 4.2  # issue slots are used as warps / (warps + IDLE_WARPS)
 LOAD_CLOCKS = 2.2  # of a multiprocessor's shared memory, for a warp's load
 L2_BYTES = 40.0  # of a clock, to a multiprocessor
@@ -80,6 +81,23 @@ def reached(axis: Axis) -> float:
     return inside / (len(sampled) * axis.filter)
 
 
+@lru_cache(maxsize=256)
+def marched(axis: Axis, taps: int) -> float:
+    """The share of outputs that meet an input in a tile of so many taps, on average of the tiles.
+
+    >>> along = axes(DepthwiseProblem(1, 8, (7, 7), (13, 13), padding=((6, 6), (6, 6))), False)[0]
+    >>> marched(along, 13), round(marched(along, 1), 3) == round(reached(along), 3)
+    (1.0, True)
+    """
+    step = axis.stride * axis.apart // axis.classes if axis.classes else axis.stride
+    met, tiles = 0, range(0, axis.filter, taps)
+    for tap in tiles:
+        lowest = axis.padding - (min(tap + taps, axis.filter) - 1) * axis.apart  # inputs that its last tap needs
+        highest = axis.size - 1 + axis.padding - tap * axis.apart
+        met += max(0, min(axis.out - 1, highest // step) - max(0, -(-lowest // step)) + 1)
+    return met / (len(tiles) * axis.out)
+
+
 def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
     """Predicted time: instructions, shared memory, L2 and DRAM beside each other, then the last blocks' additions."""
     along, across = axes(problem, tile.turned)
@@ -96,9 +114,13 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     x_rows = 1 if flat else tile.depth_taps * one.rows
     copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * x_rows
     fma = products * tile.depth_taps * tile.taps[0] * tile.vector * min(1.0, along.size / (along.out * along.stride))
+    share = 1.0  # of rows that are marched over
     if one.tap_tiles > 1 or along.filter > along.out:
+        share = marched(along, tile.taps[0])
         even = along.filter == tile.taps[0] or tile.waves > 1
-        fma *= reached(along) if even else min(1.0, 1.1 * reached(along))
+        fma *= min(1.0, reached(along) * (1.0 if even else 1.1) / share)
+    if products * tile.taps[0] * tile.depth_taps > LONG_CODE:
+        fma *= FETCHED
     loads = tile.columns + tile.depth_taps * one.rows * one.kept
     step = fma * (2 if problem.dtype == "float64" else 1) + READ * read * loads
     step += COPY * copies / tile.stage_steps + (
@@ -106,7 +128,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     )
     step += problem.bias * tile.columns * tile.vector
     segments = max(1.0, one.part_rows / one.line_rows)
-    steps = one.part_rows + segments * (one.live - 1) * (1.0 if flat else 0.4)
+    steps = one.part_rows * share + segments * (one.live - 1) * (1.0 if flat else 0.4)
     block = steps * step + segments * SEGMENT + 8 * one.values
     blocks = one.groups * one.tap_tiles * one.parts
     of_multiprocessor = float(divided(blocks, device.multiprocessors))
