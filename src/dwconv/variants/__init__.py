@@ -16,6 +16,7 @@ from .staged_nchw import StagedNchw
 from .taps_matrix_nchw import TapsMatrixNchw
 from .taps_nchw import TapsNchw
 from .taps_nhwc import TapsNhwc
+from .taps_planes_nchw import TapsPlanesNchw
 from .taps_sparse_nhwc import TapsSparseNhwc
 from .tile16 import Tile16
 from .volume_ncdhw import VolumeNcdhw
@@ -38,6 +39,7 @@ REGISTRY: dict[str, Variant] = {
         PhasesNchw(),
         PhasesNhwc(),
         TapsMatrixNchw(),
+        TapsPlanesNchw(),
         TapsSparseNhwc(),
         TapsNchw(),
         TapsNhwc(),

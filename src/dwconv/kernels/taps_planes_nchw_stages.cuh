@@ -1,0 +1,143 @@
+// taps_planes_nchw_stages.cuh: which planes a warp of taps_planes_nchw copies, and where its lanes find rows of them
+//   A stage of a warp is x [kImages][kXPitch], then g [kImages][kGPitch], in bytes: of each image the planes of the
+//   warp's kOwn channels, one stretch of memory, with the bytes before and behind it that make it whole pieces of 16.
+//   Lanes read two bytes, or two columns in four where rows are whole words; pitches make those of four images that a
+//   warp reads at once lie in different banks.
+#pragma once
+#include "copies.cuh"
+#include "taps_lines.cuh"
+
+namespace dwconv {
+
+// The least pitch from `bytes` on for which eight words of each of four neighbouring images are 32 different banks.
+__host__ __device__ constexpr int plane_pitch(int bytes) {
+    return smaller(up(bytes, 128, 32), up(bytes, 128, 96));
+}
+
+// A stretch of Bytes of each image that starts at a multiple of what Bytes and 16 share, and how it is copied.
+template <int Bytes, int Behind, int Images>
+struct PlaneStretch {
+    static constexpr int kStart = common_divisor(16, Bytes);         // bytes that it starts at a multiple of
+    static constexpr int kPieces = ceil_div(Bytes + 16 - kStart, 16);  // at most
+    // Lanes of an image: with few, some have nothing to do in the last round; with many, more so.
+    __host__ __device__ static constexpr int rounds(int lanes) {
+        return ceil_div(kPieces, lanes) * ceil_div(Images * lanes, 32);
+    }
+    static constexpr int kLanes = rounds(8) <= rounds(16) && rounds(8) <= rounds(32) ? 8
+                                  : rounds(16) <= rounds(32)                         ? 16
+                                                                                     : 32;
+    static constexpr int kRounds = ceil_div(kPieces, kLanes), kAtOnce = 32 / kLanes, kCopies = Images / kAtOnce;
+    // Behind: bytes that lanes read, and don't use, behind the stretch.
+    static constexpr int kPitch = plane_pitch(larger(16 * kPieces, Bytes + 16 - kStart + Behind));
+    static_assert(Images % kAtOnce == 0, "images that are copied at once must divide those of a stage");
+};
+
+template <class C>
+struct TapsPlanes : TapsAxes<C> {
+    using Config = C;
+    using Element = typename C::Element;
+    using A = TapsAxes<C>;
+    static_assert(sizeof(Element) == 2, "tensor cores multiply elements of 16 bits");
+    static_assert(C::kImages == 8 || C::kImages == 16, "a product of matrices takes 8 or 16 images");
+    static_assert(C::kOwn % C::kMultiplier == 0, "a warp has all outputs of its channels of x");
+    static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");
+
+    // What exact_block_sum is told: a line is an image's row, and all rows are of one class.
+    static constexpr int kClassesA = 1, kLines = C::kImages, kLineOutputs = up(C::kOutWidth, 8);
+    static constexpr int kEights = C::kImages / 8;
+
+    // Rows of matrices are columns of x: sixteen of one row (kXRows = 1), or those of two rows of at most eight columns.
+    // Where lanes read two columns at once, one is in the upper half of the matrix, and the other one in the lower half.
+    static constexpr int kXRows = C::kWidth <= 8 ? 2 : 1;
+    static constexpr bool kXWords = C::kWidth % 2 == 0 && C::kHeight % kXRows == 0;
+    static constexpr bool kGWords = C::kOutWidth % 2 == 0 && C::kOutWidth > 8;
+    static constexpr int kXBlocks = ceil_div(C::kWidth, 16);
+    static constexpr int kGBlocks = kGWords ? 2 * ceil_div(C::kOutWidth, 16) : ceil_div(C::kOutWidth, 8);
+    // Row 8 * half + i of block `block` of x, and column i of block `block` of g.
+    __host__ __device__ static constexpr int x_row(int half, int i) {
+        return kXRows == 1 ? 0 : kXWords ? i / 4 : half;
+    }
+    __host__ __device__ static constexpr int x_column(int block, int half, int i) {
+        if (kXRows == 2) return kXWords ? i % 4 * 2 + half : i;
+        return 16 * block + (kXWords ? 2 * i + half : i + 8 * half);
+    }
+    __host__ __device__ static constexpr int g_column(int block, int i) {
+        return kGWords ? block / 2 * 16 + 2 * i + block % 2 : 8 * block + i;
+    }
+    // Whether any column of these blocks meets another one in a tap.
+    __host__ __device__ static constexpr bool blocks_meet(int x_block, int g_block) {
+        const int first = 16 * x_block - A::kStepB * g_column(g_block, 7) + A::kPadB;
+        const int last = 16 * x_block + 15 - A::kStepB * g_column(g_block, 0) + A::kPadB;
+        return last >= 0 && first <= (A::kFilterB - 1) * A::kDilationB;
+    }
+
+    // A row of x, or a pair of rows, and row j of g are so many rows of x apart: row - S * j + P. Each such distance has
+    // its sums; that of row u * D of x is tap u.
+    static constexpr int kLastRow = (C::kHeight - 1) / kXRows * kXRows;
+    static constexpr int kFirstDistance = larger(1 - kXRows, A::kPadA - A::kStepA * (C::kOutHeight - 1));
+    static constexpr int kLastDistance =
+        larger(kFirstDistance, smaller((A::kFilterA - 1) * A::kApartA, kLastRow + A::kPadA));
+    static constexpr int kDistances = kLastDistance - kFirstDistance + 1;
+    __host__ __device__ static constexpr bool is_distance(int distance) {
+        return distance >= kFirstDistance && distance <= kLastDistance &&
+               (is_tap(distance, A::kApartA, A::kFilterA) ||
+                (kXRows == 2 && is_tap(distance + 1, A::kApartA, A::kFilterA)));
+    }
+
+    static constexpr int kThreads = 32 * C::kWarps;
+    static constexpr int kBlockChannels = C::kOwn * C::kWarps;
+    static constexpr int kXOwn = C::kOwn / C::kMultiplier;           // channels of x of a warp
+    static constexpr int kCount = up(A::kSums * kBlockChannels, 4);  // sums of a block, as whole vectors
+
+    static constexpr int kXRowBytes = 2 * C::kWidth, kGRowBytes = 2 * C::kOutWidth;
+    static constexpr int kXPlaneBytes = C::kHeight * kXRowBytes, kGPlaneBytes = C::kOutHeight * kGRowBytes;
+    static constexpr int kXBehind = (kXRows == 2 ? 16 : 32 * kXBlocks) - kXRowBytes;
+    static constexpr int kGBehind = 16 * kGBlocks - kGRowBytes;
+    using XStretch = PlaneStretch<kXOwn * kXPlaneBytes, kXBehind, C::kImages>;
+    using GStretch = PlaneStretch<C::kOwn * kGPlaneBytes, kGBehind, C::kImages>;
+    static constexpr int kXPitch = XStretch::kPitch, kGPitch = GStretch::kPitch;
+    static constexpr int kGAt = C::kImages * kXPitch;
+    static constexpr int kStageBytes = kGAt + C::kImages * kGPitch;
+};
+
+// A warp's copies of one tensor.
+template <class Stretch, class Element>
+struct PlaneCopies {
+    const Element* at;  // the lane's first piece of its next image
+    unsigned to;        // in a stage
+    unsigned wanted;    // the lane has a piece in the last round
+    unsigned before;    // bytes that are copied before the stretch
+
+    // `stretch` is where that of image 0 begins, in elements.
+    __device__ __forceinline__ PlaneCopies(const Element* tensor, long long stretch, long long image_elements,
+                                           unsigned image, unsigned stage_at, int bytes) {
+        const unsigned lane = threadIdx.x % 32;
+        const unsigned piece = lane % Stretch::kLanes, of_stage = lane / Stretch::kLanes;
+        before = static_cast<unsigned>(stretch % 8) * 2;
+        at = tensor + (stretch - stretch % 8 + 8 * piece + (image + of_stage) * image_elements);
+        to = kept(stage_at + of_stage * Stretch::kPitch + 16 * piece);
+        wanted = 16 * (piece + (Stretch::kRounds - 1) * Stretch::kLanes) < before + bytes;
+    }
+
+    // Starts the copies of the images of a stage, of which `images` exist.
+    __device__ __forceinline__ void copy(const CopyPlace& stages, unsigned stage, int images, long long image_elements) {
+        const int of_stage = static_cast<int>(threadIdx.x % 32 / Stretch::kLanes);
+#pragma unroll
+        for (int k = 0; k < Stretch::kCopies; ++k) {
+            const unsigned exists = of_stage + k * Stretch::kAtOnce < images;
+#pragma unroll
+            for (int round = 0; round < Stretch::kRounds; ++round) {
+                const unsigned offset =
+                    stage + to + k * (Stretch::kAtOnce * Stretch::kPitch) + round * (16 * Stretch::kLanes);
+                const Element* const from = at + round * (8 * Stretch::kLanes);
+                if (round + 1 < Stretch::kRounds)
+                    copy_piece_to<16, false>(stages, offset, from, exists);
+                else
+                    copy_wanted_piece_to<16, false>(stages, offset, from, exists, wanted);
+            }
+            at += Stretch::kAtOnce * image_elements;
+        }
+    }
+};
+
+}  // namespace dwconv

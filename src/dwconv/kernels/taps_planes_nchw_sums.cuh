@@ -1,0 +1,251 @@
+// taps_planes_nchw_sums.cuh: products of columns of x and of g on tensor cores, summed over images
+//   For one channel, a row r of x, a row j of g, and up to sixteen images k:
+//     A[m, k] = x[k, r, m];  B[k, n] = g[k, j, n];  C[m, n] = sum over k of A * B
+//   C is added to the sums of the distance r - S * j + P = u * D, a row u of taps. All products that a tap has are in
+//   it, and no other ones: dw[u, v] = sum over n of C[S * n - P + v * D, n], over columns that exist. Columns of
+//   matrices that don't exist hold what lies behind the row; it stays in rows and columns of C that nobody reads.
+//   Sums are float32, products exact.
+#pragma once
+#include "bands.cuh"
+#include "taps_planes_nchw_stages.cuh"
+
+namespace dwconv {
+
+// C += A * B where A has eight columns: half of multiply_matrices.
+#ifdef DWCONV_EMULATOR
+template <class T>
+__device__ __forceinline__ void multiply_eights(float (&c)[4], const unsigned (&a)[2], const unsigned (&b)[1]) {
+    const unsigned whole[4] = {a[0], a[1], 0, 0};
+    multiply_matrices<T>(c, whole, make_uint2(b[0], 0));
+}
+#else
+template <class T>
+__device__ __forceinline__ void multiply_eights(float (&c)[4], const unsigned (&a)[2], const unsigned (&b)[1]);
+template <>
+__device__ __forceinline__ void multiply_eights<Half>(float (&c)[4], const unsigned (&a)[2], const unsigned (&b)[1]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+template <>
+__device__ __forceinline__ void multiply_eights<BFloat16>(float (&c)[4], const unsigned (&a)[2],
+                                                          const unsigned (&b)[1]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+#endif
+template <class T>
+__device__ __forceinline__ void multiply_eights(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    multiply_matrices<T>(c, a, make_uint2(b[0], b[1]));
+}
+
+template <class C>
+struct TapsPlanesSums {
+    using W = TapsPlanes<C>;
+    using Element = typename C::Element;
+    static constexpr int kEights = W::kEights;
+    float sums[C::kOwn][W::kDistances][W::kXBlocks][W::kGBlocks][4];
+    float bias[C::kOwn][C::kHasBias ? W::kGBlocks : 1][4];  // each row holds all sums of g
+    unsigned x_from, g_from;                               // the lane's place in a stage, in bytes
+
+    // `x_before`, `g_before`: bytes of a stage before the warp's planes.
+    __device__ __forceinline__ TapsPlanesSums(unsigned x_before, unsigned g_before) {
+        const unsigned lane = threadIdx.x % 32, image = lane % 4, i = lane / 4;
+        unsigned of_x = 2 * i;
+        if (W::kXWords) of_x = W::kXRows == 2 ? i / 4 * W::kXRowBytes + i % 4 * 4 : 4 * i;
+        x_from = kept(x_before + image * W::kXPitch + of_x);
+        g_from = kept(W::kGAt + g_before + image * W::kGPitch + (W::kGWords ? 4 : 2) * i);
+#pragma unroll
+        for (int o = 0; o < C::kOwn; ++o) {
+#pragma unroll
+            for (int distance = 0; distance < W::kDistances; ++distance)
+#pragma unroll
+                for (int of_x = 0; of_x < W::kXBlocks; ++of_x)
+#pragma unroll
+                    for (int of_g = 0; of_g < W::kGBlocks; ++of_g)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) sums[o][distance][of_x][of_g][e] = 0;
+#pragma unroll
+            for (int of_g = 0; of_g < (C::kHasBias ? W::kGBlocks : 1); ++of_g)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) bias[o][of_g][e] = 0;
+        }
+    }
+
+    // Elements of two images side by side: `at` counts bytes, the second image is `apart` bytes away.
+    __device__ __forceinline__ static unsigned two_of_one(unsigned at, unsigned apart) {
+        const unsigned char* const from = shared_memory<unsigned char>() + at;
+        return *reinterpret_cast<const unsigned short*>(from) |
+               static_cast<unsigned>(*reinterpret_cast<const unsigned short*>(from + apart)) << 16;
+    }
+    // The same of two neighbouring columns.
+    __device__ __forceinline__ static void two_of_two(unsigned& first, unsigned& second, unsigned at, unsigned apart) {
+        const unsigned char* const from = shared_memory<unsigned char>() + at;
+        const unsigned one = *reinterpret_cast<const unsigned*>(from);
+        const unsigned other = *reinterpret_cast<const unsigned*>(from + apart);
+        first = one & 0xffffu | other << 16;
+        second = one >> 16 | other & 0xffff0000u;
+    }
+
+    // Columns of x of row `row`, or of it and the next one.
+    __device__ __forceinline__ void read_x(unsigned (&a)[W::kXBlocks][2 * kEights], unsigned stage, int o, int row) {
+        constexpr unsigned kApart = 4 * W::kXPitch;
+#pragma unroll
+        for (int block = 0; block < W::kXBlocks; ++block)
+#pragma unroll
+            for (int eight = 0; eight < kEights; ++eight) {
+                unsigned(&words)[2 * kEights] = a[block];
+                const unsigned at = stage + x_from + (eight * 2 * kApart + o * W::kXPlaneBytes + row * W::kXRowBytes);
+                if (W::kXWords) {
+                    two_of_two(words[2 * eight], words[2 * eight + 1], at + 32 * block, kApart);
+                } else {
+                    words[2 * eight] = two_of_one(at + 32 * block, kApart);
+                    if (W::kXRows == 1)
+                        words[2 * eight + 1] = two_of_one(at + 32 * block + 16, kApart);
+                    else
+                        words[2 * eight + 1] = row + 1 < C::kHeight ? two_of_one(at + W::kXRowBytes, kApart) : 0;
+                }
+            }
+    }
+
+    // Row `row` of g, which is added to the bias, too.
+    __device__ __forceinline__ void read_g(unsigned (&b)[W::kGBlocks][kEights], unsigned stage, int o, int row) {
+        constexpr unsigned kApart = 4 * W::kGPitch;
+#pragma unroll
+        for (int eight = 0; eight < kEights; ++eight) {
+            const unsigned at = stage + g_from + (eight * 2 * kApart + o * W::kGPlaneBytes + row * W::kGRowBytes);
+#pragma unroll
+            for (int block = 0; block < W::kGBlocks; block += W::kGWords ? 2 : 1) {
+                if constexpr (W::kGWords)
+                    two_of_two(b[block][eight], b[block + 1][eight], at + 16 * block, kApart);
+                else
+                    b[block][eight] = two_of_one(at + 16 * block, kApart);
+            }
+        }
+        if constexpr (C::kHasBias) {
+            const unsigned two = rounded_pair<Element>(1.0f, 1.0f);
+            unsigned ones[2 * kEights];
+#pragma unroll
+            for (int k = 0; k < 2 * kEights; ++k) ones[k] = two;
+#pragma unroll
+            for (int block = 0; block < W::kGBlocks; ++block)
+                multiply_eights<Element>(bias[o][block], ones, b[block]);
+        }
+    }
+
+    // The row of x from which on row j of g is needed.
+    __device__ __forceinline__ static constexpr int needed_from(int j) {
+        const int least = larger(0, W::kStepA * j - W::kPadA - (W::kXRows - 1));
+        return up(least, W::kXRows);
+    }
+
+    // Adds all products of a stage, `stage` bytes behind the start of shared memory.
+    __device__ __forceinline__ void add(unsigned stage) {
+#pragma unroll
+        for (int o = 0; o < C::kOwn; ++o) {
+            unsigned g[C::kOutHeight][W::kGBlocks][kEights];
+#pragma unroll
+            for (int row = 0; row <= W::kLastRow; row += W::kXRows) {
+                unsigned x[W::kXBlocks][2 * kEights];
+                read_x(x, stage, o / C::kMultiplier, row);
+#pragma unroll
+                for (int j = 0; j < C::kOutHeight; ++j) {
+                    if (needed_from(j) == row) read_g(g[j], stage, o, j);
+                    const int distance = row - W::kStepA * j + W::kPadA;
+                    if (!W::is_distance(distance)) continue;
+#pragma unroll
+                    for (int of_g = 0; of_g < W::kGBlocks; ++of_g)
+#pragma unroll
+                        for (int of_x = 0; of_x < W::kXBlocks; ++of_x)
+                            if (W::blocks_meet(of_x, of_g))
+                                multiply_eights<Element>(
+                                    sums[o][distance - W::kFirstDistance][of_x][of_g], x[of_x], g[j][of_g]);
+                }
+            }
+            if constexpr (C::kHasBias) {
+#pragma unroll
+                for (int j = 0; j < C::kOutHeight; ++j)
+                    if (needed_from(j) > W::kLastRow) read_g(g[j], stage, o, j);
+            }
+        }
+    }
+
+    // Writes the sums of row u of taps to [kWidth][kPitch] floats, by columns of x and of g.
+    static constexpr int kPitch = C::kOutWidth | 1, kMatrix = C::kWidth * kPitch;
+    template <int Row, bool Adds>
+    __device__ __forceinline__ void spread(float* matrix, int o, int distance) const {
+        const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+        for (int of_x = 0; of_x < W::kXBlocks; ++of_x)
+#pragma unroll
+            for (int of_g = 0; of_g < W::kGBlocks; ++of_g)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int column = W::x_column(of_x, e / 2, lane / 4);
+                    const int g_column = W::g_column(of_g, lane % 4 * 2 + e % 2);
+                    if (!W::blocks_meet(of_x, of_g) || W::x_row(e / 2, lane / 4) != Row || column >= C::kWidth ||
+                        g_column >= C::kOutWidth)
+                        continue;
+                    float& to = matrix[column * kPitch + g_column];
+                    const float sum =
+                        W::is_distance(distance)
+                            ? sums[o][W::is_distance(distance) ? distance - W::kFirstDistance : 0][of_x][of_g][e]
+                            : 0.0f;
+                    to = Adds ? to + sum : sum;
+                }
+    }
+
+    // Passes the sums of the warp's channels to found(index, sum): index = tap * channels of the block + channel; the
+    // bias is behind the last tap. `scratch` has room for kSlab rows of taps of each warp.
+    template <class Found>
+    __device__ __forceinline__ void finish(float* scratch, const Found& found) const {
+        const int lane = static_cast<int>(threadIdx.x % 32), channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
+        float* const own = scratch + threadIdx.x / 32 * (C::kSlab * kMatrix);
+#pragma unroll
+        for (int o = 0; o < C::kOwn; ++o) {
+#pragma unroll
+            for (int first = 0; first < C::kTapsA; first += C::kSlab) {
+                __syncwarp();
+#pragma unroll
+                for (int u = first; u < smaller(first + C::kSlab, C::kTapsA); ++u)
+                    spread<0, false>(own + (u - first) * kMatrix, o, u * W::kApartA);
+                __syncwarp();
+                if constexpr (W::kXRows == 2) {
+#pragma unroll
+                    for (int u = first; u < smaller(first + C::kSlab, C::kTapsA); ++u)
+                        if (W::is_distance(u * W::kApartA - 1))
+                            spread<1, true>(own + (u - first) * kMatrix, o, u * W::kApartA - 1);
+                    __syncwarp();
+                }
+                const int count = smaller(C::kSlab, C::kTapsA - first) * C::kTapsB;
+#pragma unroll 1
+                for (int index = lane; index < count; index += 32) {
+                    const int u = index / C::kTapsB, v = index - u * C::kTapsB;
+                    const float* const from = own + u * kMatrix;
+                    float sum = 0;
+#pragma unroll
+                    for (int n = 0; n < C::kOutWidth; ++n) {
+                        const int column = n * W::kStepB - W::kPadB + v * W::kDilationB;
+                        if (static_cast<unsigned>(column) < static_cast<unsigned>(C::kWidth))
+                            sum += from[column * kPitch + n];
+                    }
+                    found((first * C::kTapsB + index) * W::kBlockChannels + channel + o, sum);
+                }
+            }
+            if constexpr (C::kHasBias) {
+                float sum = 0;
+#pragma unroll
+                for (int block = 0; block < W::kGBlocks; ++block)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        if (W::g_column(block, lane % 4 * 2 + e) < C::kOutWidth) sum += bias[o][block][e];
+                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                if (lane == 0) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + o, sum);
+            }
+        }
+    }
+};
+
+}  // namespace dwconv
