@@ -94,7 +94,7 @@ struct Config : ProblemConfig {
     static constexpr int kImages = DWCONV_IMAGES;  // of a stage
     static constexpr int kOwn = DWCONV_OWN;        // channels of a warp
     static constexpr int kWarps = DWCONV_WARPS, kMinBlocks = DWCONV_MIN_BLOCKS, kStages = DWCONV_STAGES;
-    static constexpr int kSlab = DWCONV_SLAB;       // rows of taps of a warp that are in shared memory at the end
+    static constexpr int kSlab = DWCONV_SLAB;       // rows of taps of a warp's channels that are in shared memory at the end
     static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
     // What taps_lines.cuh asks for: one tile has all taps, planes are those of images.
     static constexpr bool kTurned = false, kVolume = false;

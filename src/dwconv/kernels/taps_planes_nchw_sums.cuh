@@ -73,48 +73,56 @@ struct TapsPlanesSums {
         }
     }
 
-    // Elements of two images side by side: `at` counts bytes, the second image is `apart` bytes away.
-    __device__ __forceinline__ static unsigned two_of_one(unsigned at, unsigned apart) {
-        const unsigned char* const from = shared_memory<unsigned char>() + at;
+    // Elements of two images side by side, the second one `apart` bytes behind the first.
+    __device__ __forceinline__ static unsigned two_of_one(const unsigned char* from, int apart) {
         return *reinterpret_cast<const unsigned short*>(from) |
                static_cast<unsigned>(*reinterpret_cast<const unsigned short*>(from + apart)) << 16;
     }
     // The same of two neighbouring columns.
-    __device__ __forceinline__ static void two_of_two(unsigned& first, unsigned& second, unsigned at, unsigned apart) {
-        const unsigned char* const from = shared_memory<unsigned char>() + at;
+    __device__ __forceinline__ static void two_of_two(unsigned& first, unsigned& second, const unsigned char* from,
+                                                      int apart) {
         const unsigned one = *reinterpret_cast<const unsigned*>(from);
         const unsigned other = *reinterpret_cast<const unsigned*>(from + apart);
-        first = one & 0xffffu | other << 16;
-        second = one >> 16 | other & 0xffff0000u;
+#ifdef DWCONV_EMULATOR
+        first = (one & 0xffffu) | other << 16;
+        second = one >> 16 | (other & 0xffff0000u);
+#else
+        first = __byte_perm(one, other, 0x5410);  // compilers need three instructions for the above
+        second = __byte_perm(one, other, 0x7632);
+#endif
     }
 
-    // Columns of x of row `row`, or of it and the next one.
-    __device__ __forceinline__ void read_x(unsigned (&a)[W::kXBlocks][2 * kEights], unsigned stage, int o, int row) {
-        constexpr unsigned kApart = 4 * W::kXPitch;
+    // Columns of x of a row, or of it and the next one. `from`: the lane's place in the stage.
+    __device__ __forceinline__ static void read_x(unsigned (&a)[W::kXBlocks][2 * kEights], const unsigned char* from,
+                                                  int o, int row) {
+        constexpr int kApart = 4 * W::kXPitch;
 #pragma unroll
         for (int block = 0; block < W::kXBlocks; ++block)
 #pragma unroll
             for (int eight = 0; eight < kEights; ++eight) {
-                unsigned(&words)[2 * kEights] = a[block];
-                const unsigned at = stage + x_from + (eight * 2 * kApart + o * W::kXPlaneBytes + row * W::kXRowBytes);
+                const unsigned char* const at =
+                    from + (eight * 2 * kApart + o * W::kXPlaneBytes + row * W::kXRowBytes + 32 * block);
+                unsigned &first = a[block][2 * eight], &second = a[block][2 * eight + 1];
                 if (W::kXWords) {
-                    two_of_two(words[2 * eight], words[2 * eight + 1], at + 32 * block, kApart);
+                    two_of_two(first, second, at, kApart);
                 } else {
-                    words[2 * eight] = two_of_one(at + 32 * block, kApart);
+                    first = two_of_one(at, kApart);
+                    second = 0;
                     if (W::kXRows == 1)
-                        words[2 * eight + 1] = two_of_one(at + 32 * block + 16, kApart);
-                    else
-                        words[2 * eight + 1] = row + 1 < C::kHeight ? two_of_one(at + W::kXRowBytes, kApart) : 0;
+                        second = two_of_one(at + 16, kApart);
+                    else if (row + 1 < C::kHeight)
+                        second = two_of_one(at + W::kXRowBytes, kApart);
                 }
             }
     }
 
-    // Row `row` of g, which is added to the bias, too.
-    __device__ __forceinline__ void read_g(unsigned (&b)[W::kGBlocks][kEights], unsigned stage, int o, int row) {
-        constexpr unsigned kApart = 4 * W::kGPitch;
+    // A row of g, which is added to the bias, too.
+    __device__ __forceinline__ void read_g(unsigned (&b)[W::kGBlocks][kEights], const unsigned char* from, int o,
+                                           int row) {
+        constexpr int kApart = 4 * W::kGPitch;
 #pragma unroll
         for (int eight = 0; eight < kEights; ++eight) {
-            const unsigned at = stage + g_from + (eight * 2 * kApart + o * W::kGPlaneBytes + row * W::kGRowBytes);
+            const unsigned char* const at = from + (eight * 2 * kApart + o * W::kGPlaneBytes + row * W::kGRowBytes);
 #pragma unroll
             for (int block = 0; block < W::kGBlocks; block += W::kGWords ? 2 : 1) {
                 if constexpr (W::kGWords)
@@ -142,16 +150,18 @@ struct TapsPlanesSums {
 
     // Adds all products of a stage, `stage` bytes behind the start of shared memory.
     __device__ __forceinline__ void add(unsigned stage) {
+        const unsigned char* const in_x = shared_memory<unsigned char>() + kept(stage + x_from);
+        const unsigned char* const in_g = shared_memory<unsigned char>() + kept(stage + g_from);
 #pragma unroll
         for (int o = 0; o < C::kOwn; ++o) {
             unsigned g[C::kOutHeight][W::kGBlocks][kEights];
 #pragma unroll
             for (int row = 0; row <= W::kLastRow; row += W::kXRows) {
                 unsigned x[W::kXBlocks][2 * kEights];
-                read_x(x, stage, o / C::kMultiplier, row);
+                read_x(x, in_x, o / C::kMultiplier, row);
 #pragma unroll
                 for (int j = 0; j < C::kOutHeight; ++j) {
-                    if (needed_from(j) == row) read_g(g[j], stage, o, j);
+                    if (needed_from(j) == row) read_g(g[j], in_g, o, j);
                     const int distance = row - W::kStepA * j + W::kPadA;
                     if (!W::is_distance(distance)) continue;
 #pragma unroll
@@ -166,7 +176,7 @@ struct TapsPlanesSums {
             if constexpr (C::kHasBias) {
 #pragma unroll
                 for (int j = 0; j < C::kOutHeight; ++j)
-                    if (needed_from(j) > W::kLastRow) read_g(g[j], stage, o, j);
+                    if (needed_from(j) > W::kLastRow) read_g(g[j], in_g, o, j);
             }
         }
     }
@@ -200,40 +210,44 @@ struct TapsPlanesSums {
     // bias is behind the last tap. `scratch` has room for kSlab rows of taps of each warp.
     template <class Found>
     __device__ __forceinline__ void finish(float* scratch, const Found& found) const {
+        constexpr int kTapRows = C::kOwn * C::kTapsA;  // of all channels
         const int lane = static_cast<int>(threadIdx.x % 32), channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
         float* const own = scratch + threadIdx.x / 32 * (C::kSlab * kMatrix);
 #pragma unroll
-        for (int o = 0; o < C::kOwn; ++o) {
+        for (int first = 0; first < kTapRows; first += C::kSlab) {
+            const int end = smaller(first + C::kSlab, kTapRows);
+            __syncwarp();
 #pragma unroll
-            for (int first = 0; first < C::kTapsA; first += C::kSlab) {
+            for (int row = first; row < end; ++row)
+                spread<0, false>(own + (row - first) * kMatrix, row / C::kTapsA, row % C::kTapsA * W::kApartA);
+            __syncwarp();
+            if constexpr (W::kXRows == 2) {
+#pragma unroll
+                for (int row = first; row < end; ++row)
+                    if (W::is_distance(row % C::kTapsA * W::kApartA - 1))
+                        spread<1, true>(own + (row - first) * kMatrix, row / C::kTapsA,
+                                        row % C::kTapsA * W::kApartA - 1);
                 __syncwarp();
-#pragma unroll
-                for (int u = first; u < smaller(first + C::kSlab, C::kTapsA); ++u)
-                    spread<0, false>(own + (u - first) * kMatrix, o, u * W::kApartA);
-                __syncwarp();
-                if constexpr (W::kXRows == 2) {
-#pragma unroll
-                    for (int u = first; u < smaller(first + C::kSlab, C::kTapsA); ++u)
-                        if (W::is_distance(u * W::kApartA - 1))
-                            spread<1, true>(own + (u - first) * kMatrix, o, u * W::kApartA - 1);
-                    __syncwarp();
-                }
-                const int count = smaller(C::kSlab, C::kTapsA - first) * C::kTapsB;
-#pragma unroll 1
-                for (int index = lane; index < count; index += 32) {
-                    const int u = index / C::kTapsB, v = index - u * C::kTapsB;
-                    const float* const from = own + u * kMatrix;
-                    float sum = 0;
-#pragma unroll
-                    for (int n = 0; n < C::kOutWidth; ++n) {
-                        const int column = n * W::kStepB - W::kPadB + v * W::kDilationB;
-                        if (static_cast<unsigned>(column) < static_cast<unsigned>(C::kWidth))
-                            sum += from[column * kPitch + n];
-                    }
-                    found((first * C::kTapsB + index) * W::kBlockChannels + channel + o, sum);
-                }
             }
-            if constexpr (C::kHasBias) {
+#pragma unroll 1
+            for (int index = lane; index < (end - first) * C::kTapsB; index += 32) {
+                const int of_slab = index / C::kTapsB, v = index - of_slab * C::kTapsB;
+                const int o = (first + of_slab) / C::kTapsA, u = first + of_slab - o * C::kTapsA;
+                const float* const from = own + of_slab * kMatrix;
+                float sum = 0;
+#pragma unroll
+                for (int n = 0; n < C::kOutWidth; ++n) {
+                    const int column = n * W::kStepB - W::kPadB + v * W::kDilationB;
+                    if (static_cast<unsigned>(column) < static_cast<unsigned>(C::kWidth))
+                        sum += from[column * kPitch + n];
+                }
+                found((u * C::kTapsB + v) * W::kBlockChannels + channel + o, sum);
+            }
+        }
+        if constexpr (C::kHasBias) {
+            float of_lane = 0;
+#pragma unroll
+            for (int o = 0; o < C::kOwn; ++o) {
                 float sum = 0;
 #pragma unroll
                 for (int block = 0; block < W::kGBlocks; ++block)
@@ -242,8 +256,9 @@ struct TapsPlanesSums {
                         if (W::g_column(block, lane % 4 * 2 + e) < C::kOutWidth) sum += bias[o][block][e];
                 sum += __shfl_xor_sync(0xffffffffu, sum, 1);
                 sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-                if (lane == 0) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + o, sum);
+                if (lane == o) of_lane = sum;
             }
+            if (lane < C::kOwn) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + lane, of_lane);
         }
     }
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,20 +11,22 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
+from . import taps_lines
 from .base import GRID_X_LIMIT, Variant
 from .parts import gathered
 from .strips import divided, up
-from .taps_lines import FIRST_ARCHITECTURE, IDLE_WARPS, L2_BYTES, LATE, MOST_TILES, PARTS, PRODUCT, ROUND, START
+from .taps_lines import FIRST_ARCHITECTURE, IDLE_WARPS, L2_BYTES, LATE, PARTS, PRODUCT, ROUND, START
 
-MOST_COLUMNS = 16  # of x and of g: a warp reads whole rows
+MOST_COLUMNS = 32  # of x and of g: a warp reads whole rows
 MOST_PRODUCTS = 1200  # of a stage and a warp: the kernel is one line of instructions
 MOST_REGISTERS = 216  # of a thread
 OTHER_REGISTERS = 44  # of a thread, beside sums and rows
-STAGES = (2, 3, 4)
+MOST_WARPS = 24  # of a multiprocessor
+ALIKE = 2  # tiles of the same images, channels and warps that are worth timing
 
 # Constants of the cost model; estimates.
 STAGE = 40.0  # instructions of a warp beside reads, products and copies
-FINISH = 14.0  # of a warp at the end for each register of sums
+FINISH = 8.0  # of a warp at the end for each register of sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,8 @@ class Cut:
     """What a tile means for a problem; the kernel's TapsPlanes computes the same.
 
     Attributes:
-        stage_bytes: of a warp; shared_bytes: of a block; slab: rows of taps of a warp that are in shared memory at the
-            end.
+        stage_bytes: of a warp; shared_bytes: of a block; slab: rows of taps of a warp's channels that are in
+            shared memory at the end.
         count: sums of a block, as whole vectors; sums: registers of a thread that hold them.
         registers: of a thread.
         products: of matrices, of a warp and stage; reads, copies: instructions for them.
@@ -119,7 +122,14 @@ class TapsPlanesNchw(Variant):
             one = cut(problem, device, tile)
             if not isinstance(one, str):
                 timed[tile] = seconds(problem, device, tile, one)
-        yield from (self.plan(problem, device, tile) for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES])
+        alike: Counter[tuple[int, int, int]] = Counter()
+        chosen = []
+        for tile in sorted(timed, key=timed.__getitem__):
+            key = tile.images, tile.own, tile.warps
+            alike[key] += 1
+            if alike[key] <= ALIKE:
+                chosen.append(tile)
+        yield from (self.plan(problem, device, tile) for tile in chosen[: taps_lines.MOST_TILES])
         if not timed:
             yield Rejection(self.stem, "", "no tile's planes fit in shared memory, and its sums in registers")
 
@@ -195,19 +205,28 @@ def unfit(problem: DepthwiseProblem, device: DeviceSpec) -> str | None:
 
 def tiles(problem: DepthwiseProblem) -> Iterator[Tile]:
     """Tiles in question."""
-    for images in (16, 8):
-        if images == 16 and problem.batch <= 8:
-            continue
+    for images in (16, 8) if problem.batch > 8 else (8,):
         for own in (1, 2, 3, 4, 6, 8):
             if own % problem.multiplier or problem.out_channels % own:
                 continue
-            for warps in (4, 8, 6, 5, 7, 10, 12, 16, 2):
-                if warps * own >= problem.out_channels + own and warps > 2:
+            for warps in (4, 2, 3, 5, 6, 7, 8, 10, 12, 16):
+                if (warps - 1) * own >= problem.out_channels and warps > 2:
                     continue
-                for stages in STAGES:
-                    for blocks in (1, 2, 3, 4):
-                        if blocks * warps <= 24:
+                for blocks in (1, 2, 3, 4, 6, 8):
+                    for stages in (3, 2, 4):
+                        if blocks * warps <= MOST_WARPS:
                             yield Tile(images, own, warps, stages, blocks)
+
+
+def blocks_meet(x_block: int, g_block: int, words: bool, stride: int, padding: int, reach: int) -> bool:
+    """Whether any column of these blocks, 16 of x and 8 of g, meets another one in a tap; words: g's are every other one.
+
+    >>> [blocks_meet(1, g_block, False, 1, 1, 2) for g_block in range(4)]
+    [False, True, True, True]
+    """
+    first = g_block // 2 * 16 + g_block % 2 if words else 8 * g_block
+    last = first + (14 if words else 7)
+    return 16 * x_block + 15 - stride * first + padding >= 0 and 16 * x_block - stride * last + padding <= reach
 
 
 def matrices(problem: DepthwiseProblem, images: int) -> tuple[int, int, int, int]:
@@ -219,7 +238,10 @@ def matrices(problem: DepthwiseProblem, images: int) -> tuple[int, int, int, int
     x_rows = 2 if width <= 8 else 1
     x_words = width % 2 == 0 and height % x_rows == 0
     g_words = out_width % 2 == 0 and out_width > 8
+    x_blocks = divided(width, 16)
     g_blocks = 2 * divided(out_width, 16) if g_words else divided(out_width, 8)
+    reach = problem.stride[1], problem.padding[1][0], (problem.filter[1] - 1) * problem.dilation[1]
+    pairs = sum(blocks_meet(x, g, g_words, *reach) for x in range(x_blocks) for g in range(g_blocks))
     taps = {u * dilation for u in range(problem.filter[0])}
     met = [
         (row, j, row - stride * j + padding)
@@ -230,9 +252,10 @@ def matrices(problem: DepthwiseProblem, images: int) -> tuple[int, int, int, int
     rows_of_x, rows_of_g = {row for row, _, _ in met}, {j for _, j, _ in met}
     if problem.bias:
         rows_of_g = set(range(out_height))
-    reads = eights * (len(rows_of_x) * (4 if x_words else 6) + len(rows_of_g) * g_blocks * (2 if g_words else 3))
-    products = (len(met) + (out_height if problem.bias else 0)) * g_blocks
-    sums = 4 * g_blocks * (len({distance for _, _, distance in met}) + problem.bias)
+    of_x, of_g = x_blocks * (4 if x_words else 6), g_blocks * (2 if g_words else 3)
+    reads = eights * (len(rows_of_x) * of_x + len(rows_of_g) * of_g)
+    products = len(met) * pairs + (out_height if problem.bias else 0) * g_blocks
+    sums = 4 * (pairs * len({distance for _, _, distance in met}) + (g_blocks if problem.bias else 0))
     live = max((sum(row == r for r, _, _ in met) for row in rows_of_x), default=0)
     return products, reads, sums, live * g_blocks * eights
 
@@ -247,7 +270,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
     limit = min(MOST_REGISTERS, device.registers // (32 * tile.warps * tile.min_blocks))
     if registers > limit:
         return f"a thread would need some {registers} registers, more than {limit}"
-    x_columns = 8 if width <= 8 else 16
+    x_columns = 8 if width <= 8 else up(width, 16)
     g_columns = up(out_width, 16 if out_width % 2 == 0 and out_width > 8 else 8)
     x_pitch, x_copies = stretch(
         2 * tile.own // problem.multiplier * height * width, 2 * (x_columns - width), tile.images
@@ -255,7 +278,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
     g_pitch, g_copies = stretch(2 * tile.own * out_height * out_width, 2 * (g_columns - out_width), tile.images)
     stage_bytes = tile.images * (x_pitch + g_pitch)
     in_stages, tap_row = tile.warps * tile.stages * stage_bytes, tile.warps * 4 * width * (out_width | 1)
-    slab = max(1, min(problem.filter[0], in_stages // tap_row))
+    slab = max(1, min(tile.own * problem.filter[0], in_stages // tap_row))
     shared_bytes = up(max(in_stages, slab * tap_row, 16 * 32 * tile.warps + 16), 16)
     if tile.min_blocks * (shared_bytes + 1024) > device.shared_bytes:
         return f"its planes take {shared_bytes} bytes of shared memory of a block"
@@ -282,20 +305,22 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
 
 def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
     """Predicted time: tensor cores, instructions, L2 and DRAM beside each other, then the last blocks' additions."""
-    step = one.products * (1.2 if problem.bias else 1.0) + one.reads + 1.5 * one.copies + STAGE
-    of_multiprocessor = divided(one.groups * one.parts, device.multiprocessors)
+    stage = one.products + one.reads + 1.5 * one.copies + STAGE
+    blocks = one.groups * one.parts
+    of_multiprocessor = divided(blocks, device.multiprocessors)
     waves, at_once = divided(of_multiprocessor, one.resident), min(one.resident, of_multiprocessor)
     warps = at_once * tile.warps
-    issue = (one.part_stages * step + FINISH * one.sums) * waves * (warps + IDLE_WARPS) / 4 / device.clock
+    slots = waves * (warps + IDLE_WARPS) / 4 / device.clock  # seconds for an instruction of each warp
+    issue = one.part_stages * stage * slots
     product = PRODUCT * tile.images / 16
     tensor = one.part_stages * one.products * tile.warps * product * of_multiprocessor / device.clock
+    l2 = one.part_stages * tile.warps * one.stage_bytes * of_multiprocessor / (L2_BYTES * device.clock)
+    ahead = min(tile.stages - 1, one.part_stages)
+    flying = min(blocks, device.multiprocessors * one.resident) * tile.warps * ahead * one.stage_bytes
     dram = problem.least_bytes / (device.dram_gbs * 1e9)
-    moved = one.part_stages * tile.warps * one.stage_bytes * of_multiprocessor
-    l2 = moved / (L2_BYTES * device.clock)
-    flying = at_once * tile.warps * (tile.stages - 1) * one.stage_bytes
-    dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * flying))
-    # While the first stages arrive, nothing is multiplied; while the last ones are, nothing arrives.
-    dram += device.latency_ns * 1e-9 * (waves - 1) * 0.5
+    dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / flying)
     body = float((dram**3 + issue**3 + tensor**3 + l2**3) ** (1 / 3))
+    # While the last stages are multiplied, nothing arrives.
+    body += (stage + FINISH * one.sums) * slots
     last = PARTS + ROUND * gathered(one.count // 4, 32 * tile.warps, one.parts)[1] if one.parts > 1 else 0.0
     return LAUNCH_SECONDS + START + body + last
