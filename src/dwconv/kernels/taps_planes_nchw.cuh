@@ -6,21 +6,29 @@
 //   H, W, OH and OW are compiled in. A warp has kOwn channels and stages of its own, each whole planes of kImages
 //   images: copies don't know of rows. A row of x, a row of g and sixteen images make a product of matrices, of columns
 //   by columns; dw are the diagonals (taps_planes_nchw_sums.cuh). Padding is neither stored nor multiplied.
+//   Filters of more rows than registers can hold are cut into tiles of taps, each with code and blocks of its own.
 //   Then the last block of a group of channels adds up what its blocks have found, in one order; of many blocks, the
 //   last one of each few neighbours adds up those before.
-//   grid.x = groups of channels * parts of the images     shared memory: stages [kWarps][kStages] (W::kStageBytes)
-//   least DRAM traffic: x + g, once each; pieces that two warps share come from L2 again
+//   grid.x = tiles of taps * groups of channels * parts of the images, in this order
+//   shared memory: stages [kWarps][kStages] (W::kStageBytes)
+//   least DRAM traffic: x + g, once each; all for more tiles of taps, and pieces that two warps share, come from L2
 #pragma once
 #include "taps_planes_nchw_sums.cuh"
 
 namespace dwconv {
 
-template <class C>
+template <class C, int Tile>
 __device__ __forceinline__ void taps_planes_nchw(const FilterGradients<typename C::Element>& tensors,
                                                  const Sizes& sizes, const LinesTiling& tiling) {
-    using W = TapsPlanes<C>;
-    using Element = typename C::Element;
+    using W = TapsPlanes<C, Tile>;
     const LinesPlace<W> place(sizes, tiling);
+    if constexpr (Tile + 1 < W::kTapTilesA) {
+        if (place.tap_tile != Tile) {
+            taps_planes_nchw<C, Tile + 1>(tensors, sizes, tiling);
+            return;
+        }
+    }
+    using Element = typename C::Element;
     const unsigned first_position = place.part * tiling.part_rows;
     const unsigned end_position = min(first_position + tiling.part_rows, tiling.positions);
     unsigned image = tiling.rows.quotient(first_position) * C::kImages;  // the next one to copy
@@ -45,7 +53,7 @@ __device__ __forceinline__ void taps_planes_nchw(const FilterGradients<typename 
         end_of_copies();
     };
 
-    TapsPlanesSums<C> taps(x.before, g.before);
+    TapsPlanesSums<C, Tile> taps(x.before, g.before);
     if (channel < sizes.out_channels) {
         const unsigned first = image;
 #pragma unroll 1
@@ -79,6 +87,7 @@ __device__ __forceinline__ void taps_planes_nchw(const FilterGradients<typename 
 #define DWCONV_WIDTH 7
 #define DWCONV_OUT_HEIGHT 7
 #define DWCONV_OUT_WIDTH 7
+#define DWCONV_TAPS_A 3
 #define DWCONV_IMAGES 16
 #define DWCONV_OWN 4
 #define DWCONV_WARPS 8
@@ -94,11 +103,11 @@ struct Config : ProblemConfig {
     static constexpr int kImages = DWCONV_IMAGES;  // of a stage
     static constexpr int kOwn = DWCONV_OWN;        // channels of a warp
     static constexpr int kWarps = DWCONV_WARPS, kMinBlocks = DWCONV_MIN_BLOCKS, kStages = DWCONV_STAGES;
-    static constexpr int kSlab = DWCONV_SLAB;       // rows of taps of a warp's channels that are in shared memory at the end
+    static constexpr int kSlab = DWCONV_SLAB;  // rows of taps of a warp's channels that are in shared memory at the end
     static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
-    // What taps_lines.cuh asks for: one tile has all taps, planes are those of images.
+    static constexpr int kTapsA = DWCONV_TAPS_A, kTapsB = kFilterW;  // of a tile
+    // What taps_lines.cuh asks for: the march goes down the rows, planes are those of images.
     static constexpr bool kTurned = false, kVolume = false;
-    static constexpr int kTapsA = kFilterH, kTapsB = kFilterW;
 };
 
 using Tiling = dwconv::LinesTiling;
@@ -106,5 +115,5 @@ using Tiling = dwconv::LinesTiling;
 extern "C" __global__ void __launch_bounds__(32 * Config::kWarps, Config::kMinBlocks)
     dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
                   const Tiling tiling) {
-    dwconv::taps_planes_nchw<Config>(tensors, sizes, tiling);
+    dwconv::taps_planes_nchw<Config, 0>(tensors, sizes, tiling);
 }

@@ -10,14 +10,12 @@
 namespace dwconv {
 
 // The least pitch from `bytes` on for which eight words of each of four neighbouring images are 32 different banks.
-__host__ __device__ constexpr int plane_pitch(int bytes) {
-    return smaller(up(bytes, 128, 32), up(bytes, 128, 96));
-}
+__host__ __device__ constexpr int plane_pitch(int bytes) { return smaller(up(bytes, 128, 32), up(bytes, 128, 96)); }
 
 // A stretch of Bytes of each image that starts at a multiple of what Bytes and 16 share, and how it is copied.
 template <int Bytes, int Behind, int Images>
 struct PlaneStretch {
-    static constexpr int kStart = common_divisor(16, Bytes);         // bytes that it starts at a multiple of
+    static constexpr int kStart = common_divisor(16, Bytes);           // bytes that it starts at a multiple of
     static constexpr int kPieces = ceil_div(Bytes + 16 - kStart, 16);  // at most
     // Lanes of an image: with few, some have nothing to do in the last round; with many, more so.
     __host__ __device__ static constexpr int rounds(int lanes) {
@@ -32,7 +30,8 @@ struct PlaneStretch {
     static_assert(Images % kAtOnce == 0, "images that are copied at once must divide those of a stage");
 };
 
-template <class C>
+// Tile: which of the tiles of taps.
+template <class C, int Tile>
 struct TapsPlanes : TapsAxes<C> {
     using Config = C;
     using Element = typename C::Element;
@@ -46,17 +45,16 @@ struct TapsPlanes : TapsAxes<C> {
     static constexpr int kClassesA = 1, kLines = C::kImages, kLineOutputs = up(C::kOutWidth, 8);
     static constexpr int kEights = C::kImages / 8;
 
-    // Rows of matrices are columns of x: sixteen of one row (kXRows = 1), or those of two rows of at most eight columns.
-    // Where lanes read two columns at once, one is in the upper half of the matrix, and the other one in the lower half.
+    // Rows of matrices are columns of x: sixteen of one row (kXRows = 1), or those of two rows of at most eight
+    // columns. Where lanes read two columns at once, one is in the upper half of the matrix, and the other one in the
+    // lower half.
     static constexpr int kXRows = C::kWidth <= 8 ? 2 : 1;
     static constexpr bool kXWords = C::kWidth % 2 == 0 && C::kHeight % kXRows == 0;
     static constexpr bool kGWords = C::kOutWidth % 2 == 0 && C::kOutWidth > 8;
     static constexpr int kXBlocks = ceil_div(C::kWidth, 16);
     static constexpr int kGBlocks = kGWords ? 2 * ceil_div(C::kOutWidth, 16) : ceil_div(C::kOutWidth, 8);
     // Row 8 * half + i of block `block` of x, and column i of block `block` of g.
-    __host__ __device__ static constexpr int x_row(int half, int i) {
-        return kXRows == 1 ? 0 : kXWords ? i / 4 : half;
-    }
+    __host__ __device__ static constexpr int x_row(int half, int i) { return kXRows == 1 ? 0 : kXWords ? i / 4 : half; }
     __host__ __device__ static constexpr int x_column(int block, int half, int i) {
         if (kXRows == 2) return kXWords ? i % 4 * 2 + half : i;
         return 16 * block + (kXWords ? 2 * i + half : i + 8 * half);
@@ -71,18 +69,21 @@ struct TapsPlanes : TapsAxes<C> {
         return last >= 0 && first <= (A::kFilterB - 1) * A::kDilationB;
     }
 
-    // A row of x, or a pair of rows, and row j of g are so many rows of x apart: row - S * j + P. Each such distance has
-    // its sums; that of row u * D of x is tap u.
+    // A row of x, or a pair of rows, and row j of g are so many rows of x apart: row - S * j + P, from the first tap of
+    // the tile on. Each such distance has its sums; that of row u * D of x is tap u of the tile.
+    static constexpr int kTileTaps = smaller(C::kTapsA, A::kFilterA - Tile * C::kTapsA);
+    static constexpr int kBefore = A::kPadA - Tile * C::kTapsA * A::kApartA;
     static constexpr int kLastRow = (C::kHeight - 1) / kXRows * kXRows;
-    static constexpr int kFirstDistance = larger(1 - kXRows, A::kPadA - A::kStepA * (C::kOutHeight - 1));
+    static constexpr int kFirstDistance = larger(1 - kXRows, kBefore - A::kStepA * (C::kOutHeight - 1));
     static constexpr int kLastDistance =
-        larger(kFirstDistance, smaller((A::kFilterA - 1) * A::kApartA, kLastRow + A::kPadA));
+        larger(kFirstDistance, smaller((kTileTaps - 1) * A::kApartA, kLastRow + kBefore));
     static constexpr int kDistances = kLastDistance - kFirstDistance + 1;
     __host__ __device__ static constexpr bool is_distance(int distance) {
         return distance >= kFirstDistance && distance <= kLastDistance &&
-               (is_tap(distance, A::kApartA, A::kFilterA) ||
-                (kXRows == 2 && is_tap(distance + 1, A::kApartA, A::kFilterA)));
+               (is_tap(distance, A::kApartA, kTileTaps) ||
+                (kXRows == 2 && is_tap(distance + 1, A::kApartA, kTileTaps)));
     }
+    static constexpr bool kBias = C::kHasBias && Tile == 0;  // is summed with the first taps
 
     static constexpr int kThreads = 32 * C::kWarps;
     static constexpr int kBlockChannels = C::kOwn * C::kWarps;
@@ -120,7 +121,8 @@ struct PlaneCopies {
     }
 
     // Starts the copies of the images of a stage, of which `images` exist.
-    __device__ __forceinline__ void copy(const CopyPlace& stages, unsigned stage, int images, long long image_elements) {
+    __device__ __forceinline__ void copy(const CopyPlace& stages, unsigned stage, int images,
+                                         long long image_elements) {
         const int of_stage = static_cast<int>(threadIdx.x % 32 / Stretch::kLanes);
 #pragma unroll
         for (int k = 0; k < Stretch::kCopies; ++k) {

@@ -40,14 +40,14 @@ __device__ __forceinline__ void multiply_eights(float (&c)[4], const unsigned (&
     multiply_matrices<T>(c, a, make_uint2(b[0], b[1]));
 }
 
-template <class C>
+template <class C, int Tile>
 struct TapsPlanesSums {
-    using W = TapsPlanes<C>;
+    using W = TapsPlanes<C, Tile>;
     using Element = typename C::Element;
     static constexpr int kEights = W::kEights;
     float sums[C::kOwn][W::kDistances][W::kXBlocks][W::kGBlocks][4];
-    float bias[C::kOwn][C::kHasBias ? W::kGBlocks : 1][4];  // each row holds all sums of g
-    unsigned x_from, g_from;                               // the lane's place in a stage, in bytes
+    float bias[C::kOwn][W::kBias ? W::kGBlocks : 1][4];  // each row holds all sums of g
+    unsigned x_from, g_from;                             // the lane's place in a stage, in bytes
 
     // `x_before`, `g_before`: bytes of a stage before the warp's planes.
     __device__ __forceinline__ TapsPlanesSums(unsigned x_before, unsigned g_before) {
@@ -67,7 +67,7 @@ struct TapsPlanesSums {
 #pragma unroll
                         for (int e = 0; e < 4; ++e) sums[o][distance][of_x][of_g][e] = 0;
 #pragma unroll
-            for (int of_g = 0; of_g < (C::kHasBias ? W::kGBlocks : 1); ++of_g)
+            for (int of_g = 0; of_g < (W::kBias ? W::kGBlocks : 1); ++of_g)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) bias[o][of_g][e] = 0;
         }
@@ -131,20 +131,19 @@ struct TapsPlanesSums {
                     b[block][eight] = two_of_one(at + 16 * block, kApart);
             }
         }
-        if constexpr (C::kHasBias) {
+        if constexpr (W::kBias) {
             const unsigned two = rounded_pair<Element>(1.0f, 1.0f);
             unsigned ones[2 * kEights];
 #pragma unroll
             for (int k = 0; k < 2 * kEights; ++k) ones[k] = two;
 #pragma unroll
-            for (int block = 0; block < W::kGBlocks; ++block)
-                multiply_eights<Element>(bias[o][block], ones, b[block]);
+            for (int block = 0; block < W::kGBlocks; ++block) multiply_eights<Element>(bias[o][block], ones, b[block]);
         }
     }
 
     // The row of x from which on row j of g is needed.
     __device__ __forceinline__ static constexpr int needed_from(int j) {
-        const int least = larger(0, W::kStepA * j - W::kPadA - (W::kXRows - 1));
+        const int least = larger(0, W::kStepA * j - W::kBefore - (W::kXRows - 1));
         return up(least, W::kXRows);
     }
 
@@ -162,18 +161,18 @@ struct TapsPlanesSums {
 #pragma unroll
                 for (int j = 0; j < C::kOutHeight; ++j) {
                     if (needed_from(j) == row) read_g(g[j], in_g, o, j);
-                    const int distance = row - W::kStepA * j + W::kPadA;
+                    const int distance = row - W::kStepA * j + W::kBefore;
                     if (!W::is_distance(distance)) continue;
 #pragma unroll
                     for (int of_g = 0; of_g < W::kGBlocks; ++of_g)
 #pragma unroll
                         for (int of_x = 0; of_x < W::kXBlocks; ++of_x)
                             if (W::blocks_meet(of_x, of_g))
-                                multiply_eights<Element>(
-                                    sums[o][distance - W::kFirstDistance][of_x][of_g], x[of_x], g[j][of_g]);
+                                multiply_eights<Element>(sums[o][distance - W::kFirstDistance][of_x][of_g], x[of_x],
+                                                         g[j][of_g]);
                 }
             }
-            if constexpr (C::kHasBias) {
+            if constexpr (W::kBias) {
 #pragma unroll
                 for (int j = 0; j < C::kOutHeight; ++j)
                     if (needed_from(j) > W::kLastRow) read_g(g[j], in_g, o, j);
@@ -244,7 +243,7 @@ struct TapsPlanesSums {
                 found((u * C::kTapsB + v) * W::kBlockChannels + channel + o, sum);
             }
         }
-        if constexpr (C::kHasBias) {
+        if constexpr (W::kBias) {
             float of_lane = 0;
 #pragma unroll
             for (int o = 0; o < C::kOwn; ++o) {

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
@@ -22,6 +23,7 @@ MOST_PRODUCTS = 1200  # of a stage and a warp: the kernel is one line of instruc
 MOST_REGISTERS = 216  # of a thread
 OTHER_REGISTERS = 44  # of a thread, beside sums and rows
 MOST_WARPS = 24  # of a multiprocessor
+MOST_TAP_TILES = 4
 ALIKE = 2  # tiles of the same images, channels and warps that are worth timing
 
 # Constants of the cost model; estimates.
@@ -34,6 +36,7 @@ class Tile:
     """What is compiled in.
 
     Attributes:
+        taps: rows of taps of a block.
         images: of a stage, 8 or 16: what a product of matrices sums over.
         own: channels of a warp.
         warps: of a block.
@@ -41,6 +44,7 @@ class Tile:
         min_blocks: blocks that a multiprocessor shall hold, which limits a thread's registers.
     """
 
+    taps: int
     images: int
     own: int
     warps: int
@@ -54,8 +58,8 @@ class Tile:
 
     def __str__(self) -> str:
         return (
-            f"{self.images} images of {self.own} channels a warp, {self.warps} warps, {self.stages} stages, "
-            f"{self.min_blocks} blocks"
+            f"{self.taps} rows of taps, {self.images} images of {self.own} channels a warp, {self.warps} warps, "
+            f"{self.stages} stages, {self.min_blocks} blocks"
         )
 
 
@@ -68,8 +72,10 @@ class Cut:
             shared memory at the end.
         count: sums of a block, as whole vectors; sums: registers of a thread that hold them.
         registers: of a thread.
-        products: of matrices, of a warp and stage; reads, copies: instructions for them.
-        groups: of channels; stages: of images; parts, part_stages: blocks of a group, and stages of each.
+        products: of matrices, of a warp and stage; reads, copies: instructions for them. Of several tiles of taps: on
+            average.
+        groups: of channels; tap_tiles: of rows of taps; stages: of images; parts, part_stages: blocks of a group
+            and tile of taps, and stages of each.
         resident: blocks that a multiprocessor holds.
     """
 
@@ -77,12 +83,13 @@ class Cut:
     shared_bytes: int
     slab: int
     count: int
-    sums: int
+    sums: float
     registers: int
-    products: int
-    reads: int
+    products: float
+    reads: float
     copies: int
     groups: int
+    tap_tiles: int
     stages: int
     parts: int
     part_stages: int
@@ -122,10 +129,10 @@ class TapsPlanesNchw(Variant):
             one = cut(problem, device, tile)
             if not isinstance(one, str):
                 timed[tile] = seconds(problem, device, tile, one)
-        alike: Counter[tuple[int, int, int]] = Counter()
+        alike: Counter[tuple[int, int, int, int]] = Counter()
         chosen = []
         for tile in sorted(timed, key=timed.__getitem__):
-            key = tile.images, tile.own, tile.warps
+            key = tile.taps, tile.images, tile.own, tile.warps
             alike[key] += 1
             if alike[key] <= ALIKE:
                 chosen.append(tile)
@@ -138,7 +145,7 @@ class TapsPlanesNchw(Variant):
         one = unfit(problem, device) or cut(problem, device, tile)
         if isinstance(one, str):
             return Rejection(self.stem, str(tile), one)
-        blocks, rows = one.groups * one.parts, problem.out_size[0]
+        blocks, rows = one.tap_tiles * one.groups * one.parts, problem.out_size[0]
         if blocks > GRID_X_LIMIT or (one.stages + one.part_stages) * max(rows, tile.images) >= 2**31:
             return Rejection(self.stem, str(tile), "there are too many rows to number them in 31 bits")
         of_gatherer, _ = gathered(one.count // 4, 32 * tile.warps, one.parts)
@@ -148,6 +155,7 @@ class TapsPlanesNchw(Variant):
             "WIDTH": problem.size[1],
             "OUT_HEIGHT": rows,
             "OUT_WIDTH": problem.out_size[1],
+            "TAPS_A": tile.taps,
             "IMAGES": tile.images,
             "OWN": tile.own,
             "WARPS": tile.warps,
@@ -157,7 +165,7 @@ class TapsPlanesNchw(Variant):
             "REPAIR": 1,
         }
         # LinesTiling: a line is an image, a super-line a stage.
-        divisors = 1, one.groups, rows, one.stages, 1, 1
+        divisors = one.tap_tiles, one.groups, rows, one.stages, 1, 1
         return Plan(
             problem=problem,
             device=device,
@@ -179,7 +187,7 @@ class TapsPlanesNchw(Variant):
             tile=f"{tile}, {one.parts} parts of {one.part_stages} stages",
             predicted_seconds=seconds(problem, device, tile, one),
             partial_bytes=blocks * one.count * 4 if one.parts > 1 else 0,
-            arrivals=one.groups * (1 if gatherers == 1 else gatherers + 1) if one.parts > 1 else 0,
+            arrivals=one.groups * one.tap_tiles * (1 if gatherers == 1 else gatherers + 1) if one.parts > 1 else 0,
         )
 
 
@@ -205,21 +213,38 @@ def unfit(problem: DepthwiseProblem, device: DeviceSpec) -> str | None:
 
 def tiles(problem: DepthwiseProblem) -> Iterator[Tile]:
     """Tiles in question."""
-    for images in (16, 8) if problem.batch > 8 else (8,):
+    # 16 images of 28 × 28 spill (5×5, NVRTC 13.0), and leave shared memory for few warps.
+    for images in (16, 8) if problem.batch > 8 and problem.size[1] <= 16 else (8,):
         for own in (1, 2, 3, 4, 6, 8):
             if own % problem.multiplier or problem.out_channels % own:
                 continue
-            for warps in (4, 2, 3, 5, 6, 7, 8, 10, 12, 16):
-                if (warps - 1) * own >= problem.out_channels and warps > 2:
-                    continue
-                for blocks in (1, 2, 3, 4, 6, 8):
-                    for stages in (3, 2, 4):
-                        if blocks * warps <= MOST_WARPS:
-                            yield Tile(images, own, warps, stages, blocks)
+            for taps in tap_rows(problem, images, own):
+                for warps in (4, 2, 3, 5, 6, 7, 8, 10, 12, 16):
+                    if (warps - 1) * own >= problem.out_channels and warps > 2:
+                        continue
+                    for blocks in (1, 2, 3, 4, 6, 8):
+                        for stages in (3, 2, 4):
+                            if blocks * warps <= MOST_WARPS:
+                                yield Tile(taps, images, own, warps, stages, blocks)
+
+
+def tap_rows(problem: DepthwiseProblem, images: int, own: int) -> list[int]:
+    """Rows of taps of a tile: as many as registers are there for, shared evenly among the fewest tiles."""
+    for tap_tiles in range(1, MOST_TAP_TILES + 1):
+        taps = divided(problem.filter[0], tap_tiles)
+        if most_registers(problem, taps, images, own) <= MOST_REGISTERS:
+            return [taps]
+    return []
+
+
+def most_registers(problem: DepthwiseProblem, taps: int, images: int, own: int) -> int:
+    """Registers of a thread, for the tile of taps that needs most of them."""
+    found = (matrices(problem, first, taps, images) for first in range(0, problem.filter[0], taps))
+    return OTHER_REGISTERS + images + max(own * sums + rows_of_g for _, _, sums, rows_of_g in found)
 
 
 def blocks_meet(x_block: int, g_block: int, words: bool, stride: int, padding: int, reach: int) -> bool:
-    """Whether any column of these blocks, 16 of x and 8 of g, meets another one in a tap; words: g's are every other one.
+    """Whether any column of these blocks, 16 of x and 8 of g, meets another in a tap; words: g's are every other one.
 
     >>> [blocks_meet(1, g_block, False, 1, 1, 2) for g_block in range(4)]
     [False, True, True, True]
@@ -229,9 +254,10 @@ def blocks_meet(x_block: int, g_block: int, words: bool, stride: int, padding: i
     return 16 * x_block + 15 - stride * first + padding >= 0 and 16 * x_block - stride * last + padding <= reach
 
 
-def matrices(problem: DepthwiseProblem, images: int) -> tuple[int, int, int, int]:
-    """Of one channel and stage: products of matrices, instructions that read x and g, registers of a thread for sums, and
-    for rows of g that are needed at a time."""
+@lru_cache(maxsize=4096)
+def matrices(problem: DepthwiseProblem, first: int, tap_rows: int, images: int) -> tuple[int, int, int, int]:
+    """Of the tile of taps from row `first` on, a channel and a stage: products of matrices, instructions that read x
+    and g, registers of a thread for sums, and for rows of g that are needed at a time."""
     (height, width), (out_height, out_width) = problem.size, problem.out_size
     stride, dilation, padding = problem.stride[0], problem.dilation[0], problem.padding[0][0]
     eights = images // 8
@@ -242,7 +268,8 @@ def matrices(problem: DepthwiseProblem, images: int) -> tuple[int, int, int, int
     g_blocks = 2 * divided(out_width, 16) if g_words else divided(out_width, 8)
     reach = problem.stride[1], problem.padding[1][0], (problem.filter[1] - 1) * problem.dilation[1]
     pairs = sum(blocks_meet(x, g, g_words, *reach) for x in range(x_blocks) for g in range(g_blocks))
-    taps = {u * dilation for u in range(problem.filter[0])}
+    taps = {u * dilation for u in range(first, min(first + tap_rows, problem.filter[0]))}
+    bias = problem.bias and first == 0
     met = [
         (row, j, row - stride * j + padding)
         for row in range(0, height, x_rows)
@@ -250,12 +277,12 @@ def matrices(problem: DepthwiseProblem, images: int) -> tuple[int, int, int, int
         if any(row + k - stride * j + padding in taps for k in range(x_rows))
     ]
     rows_of_x, rows_of_g = {row for row, _, _ in met}, {j for _, j, _ in met}
-    if problem.bias:
+    if bias:
         rows_of_g = set(range(out_height))
     of_x, of_g = x_blocks * (4 if x_words else 6), g_blocks * (2 if g_words else 3)
     reads = eights * (len(rows_of_x) * of_x + len(rows_of_g) * of_g)
-    products = len(met) * pairs + (out_height if problem.bias else 0) * g_blocks
-    sums = 4 * (pairs * len({distance for _, _, distance in met}) + (g_blocks if problem.bias else 0))
+    products = len(met) * pairs + (out_height if bias else 0) * g_blocks
+    sums = 4 * (pairs * len({distance for _, _, distance in met}) + (g_blocks if bias else 0))
     live = max((sum(row == r for r, _, _ in met) for row in rows_of_x), default=0)
     return products, reads, sums, live * g_blocks * eights
 
@@ -263,10 +290,12 @@ def matrices(problem: DepthwiseProblem, images: int) -> tuple[int, int, int, int
 def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
     """How a tile divides a problem that isn't unfit, or why it can't."""
     (height, width), (out_height, out_width) = problem.size, problem.out_size
-    products, reads, sums, rows_of_g = matrices(problem, tile.images)
-    if tile.own * products > MOST_PRODUCTS:
-        return f"a warp would make {tile.own * products} products of a stage, more than {MOST_PRODUCTS}"
-    registers = tile.own * sums + rows_of_g + tile.images + OTHER_REGISTERS
+    tap_tiles = divided(problem.filter[0], tile.taps)
+    found = [matrices(problem, k * tile.taps, tile.taps, tile.images) for k in range(tap_tiles)]
+    products, reads, sums, _ = (sum(each) / tap_tiles for each in zip(*found, strict=True))
+    if tile.own * products * tap_tiles > MOST_PRODUCTS:
+        return f"warps would make {tile.own * products * tap_tiles:.0f} products of a stage, more than {MOST_PRODUCTS}"
+    registers = most_registers(problem, tile.taps, tile.images, tile.own)
     limit = min(MOST_REGISTERS, device.registers // (32 * tile.warps * tile.min_blocks))
     if registers > limit:
         return f"a thread would need some {registers} registers, more than {limit}"
@@ -278,24 +307,25 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
     g_pitch, g_copies = stretch(2 * tile.own * out_height * out_width, 2 * (g_columns - out_width), tile.images)
     stage_bytes = tile.images * (x_pitch + g_pitch)
     in_stages, tap_row = tile.warps * tile.stages * stage_bytes, tile.warps * 4 * width * (out_width | 1)
-    slab = max(1, min(tile.own * problem.filter[0], in_stages // tap_row))
+    slab = max(1, min(tile.own * tile.taps, in_stages // tap_row))
     shared_bytes = up(max(in_stages, slab * tap_row, 16 * 32 * tile.warps + 16), 16)
     if tile.min_blocks * (shared_bytes + 1024) > device.shared_bytes:
         return f"its planes take {shared_bytes} bytes of shared memory of a block"
     groups, stages = divided(problem.out_channels, tile.channels), divided(problem.batch, tile.images)
-    per_group = max(1, device.multiprocessors * tile.min_blocks // groups)
+    per_group = max(1, device.multiprocessors * tile.min_blocks // (groups * tap_tiles))
     part_stages = divided(stages, per_group)
     return Cut(
         stage_bytes=stage_bytes,
         shared_bytes=shared_bytes,
         slab=slab,
-        count=up((problem.taps + problem.bias) * tile.channels, 4),
+        count=up((tile.taps * problem.filter[1] + problem.bias) * tile.channels, 4),
         sums=tile.own * sums,
         registers=registers,
         products=tile.own * products,
         reads=tile.own * reads,
         copies=x_copies + g_copies,
         groups=groups,
+        tap_tiles=tap_tiles,
         stages=stages,
         parts=divided(stages, part_stages),
         part_stages=part_stages,
@@ -306,7 +336,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
 def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
     """Predicted time: tensor cores, instructions, L2 and DRAM beside each other, then the last blocks' additions."""
     stage = one.products + one.reads + 1.5 * one.copies + STAGE
-    blocks = one.groups * one.parts
+    blocks = one.groups * one.tap_tiles * one.parts
     of_multiprocessor = divided(blocks, device.multiprocessors)
     waves, at_once = divided(of_multiprocessor, one.resident), min(one.resident, of_multiprocessor)
     warps = at_once * tile.warps
