@@ -102,7 +102,7 @@ def stretch(size: int, behind: int, images: int) -> tuple[int, int]:
     The kernel's PlaneStretch computes the same: `size` bytes, and `behind` them some that are read.
 
     >>> stretch(784, 4, 16), stretch(392, 4, 16)
-    ((800, 56), (416, 32))
+    ((800, 28), (416, 16))
     """
     before = 16 - math.gcd(16, size)
     pieces = divided(size + before, 16)
