@@ -8,7 +8,8 @@
 
 namespace dwconv {
 
-template <int Stages, int Threads>
+// Stores: some of what fills a stage isn't copied by cp.async, but stored.
+template <int Stages, int Threads, bool Stores>
 class StageGates {
     static constexpr int kWarps = Threads / 32;
     unsigned full_;  // addresses of Stages gates of 8 bytes, then as many of empty stages
@@ -27,6 +28,9 @@ class StageGates {
             "r"(parity)
             : "memory");
     }
+    __device__ __forceinline__ static void arrive(unsigned gate) {
+        asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(gate) : "memory");
+    }
     __device__ __forceinline__ static void initialize(unsigned gate, unsigned arrivals) {
         asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(gate), "r"(arrivals) : "memory");
     }
@@ -43,7 +47,7 @@ public:
         full_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
         if (threadIdx.x == 0)
             for (int k = 0; k < Stages; ++k) {
-                initialize(full_ + 8 * k, Threads);
+                initialize(full_ + 8 * k, Stores ? 2 * Threads : Threads);
                 initialize(full_ + 8 * (Stages + k), kWarps);
             }
 #endif
@@ -62,10 +66,7 @@ public:
     __device__ __forceinline__ void is_read(unsigned stage) const {
 #ifndef DWCONV_EMULATOR
         __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(
-                             full_ + 8 * (Stages + stage))
-                         : "memory");
+        if (threadIdx.x % 32 == 0) arrive(full_ + 8 * (Stages + stage));
 #endif
     }
     // All warps have read stage `stage` in the round that was read `rounds_ago`, 0 or 1.
@@ -78,6 +79,7 @@ public:
     __device__ __forceinline__ void is_filled(unsigned stage) const {
 #ifndef DWCONV_EMULATOR
         asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full_ + 8 * stage) : "memory");
+        if constexpr (Stores) arrive(full_ + 8 * stage);
 #endif
     }
     // The stage behind this one; behind the last one, the first of the next round.

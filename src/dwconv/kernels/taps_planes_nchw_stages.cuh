@@ -116,7 +116,8 @@ struct PlaneCopies {
         const unsigned piece = lane % Stretch::kLanes, of_stage = lane / Stretch::kLanes;
         before = static_cast<unsigned>(stretch % 8) * 2;
         at = tensor + (stretch - stretch % 8 + 8 * piece + (image + of_stage) * image_elements);
-        to = kept(stage_at + of_stage * Stretch::kPitch + 16 * piece);
+        to = stage_at + of_stage * Stretch::kPitch + 16 * piece;
+        keep(to);
         wanted = 16 * (piece + (Stretch::kRounds - 1) * Stretch::kLanes) < before + bytes;
     }
 

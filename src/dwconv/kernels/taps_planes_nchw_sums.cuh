@@ -54,8 +54,10 @@ struct TapsPlanesSums {
         const unsigned lane = threadIdx.x % 32, image = lane % 4, i = lane / 4;
         unsigned of_x = 2 * i;
         if (W::kXWords) of_x = W::kXRows == 2 ? i / 4 * W::kXRowBytes + i % 4 * 4 : 4 * i;
-        x_from = kept(x_before + image * W::kXPitch + of_x);
-        g_from = kept(W::kGAt + g_before + image * W::kGPitch + (W::kGWords ? 4 : 2) * i);
+        x_from = x_before + image * W::kXPitch + of_x;
+        keep(x_from);
+        g_from = W::kGAt + g_before + image * W::kGPitch + (W::kGWords ? 4 : 2) * i;
+        keep(g_from);
 #pragma unroll
         for (int o = 0; o < C::kOwn; ++o) {
 #pragma unroll
@@ -149,8 +151,11 @@ struct TapsPlanesSums {
 
     // Adds all products of a stage, `stage` bytes behind the start of shared memory.
     __device__ __forceinline__ void add(unsigned stage) {
-        const unsigned char* const in_x = shared_memory<unsigned char>() + kept(stage + x_from);
-        const unsigned char* const in_g = shared_memory<unsigned char>() + kept(stage + g_from);
+        unsigned x_at = stage + x_from, g_at = stage + g_from;
+        keep(x_at);
+        keep(g_at);
+        const unsigned char* const in_x = shared_memory<unsigned char>() + x_at;
+        const unsigned char* const in_g = shared_memory<unsigned char>() + g_at;
 #pragma unroll
         for (int o = 0; o < C::kOwn; ++o) {
             unsigned g[C::kOutHeight][W::kGBlocks][kEights];

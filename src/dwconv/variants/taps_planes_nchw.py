@@ -16,7 +16,7 @@ from . import taps_lines
 from .base import GRID_X_LIMIT, Variant
 from .parts import gathered
 from .strips import divided, up
-from .taps_lines import FIRST_ARCHITECTURE, IDLE_WARPS, L2_BYTES, LATE, PARTS, PRODUCT, ROUND, START
+from .taps_lines import FIRST_ARCHITECTURE
 
 MOST_COLUMNS = 32  # of x and of g: a warp reads whole rows
 MOST_PRODUCTS = 1200  # of a stage and a warp: the kernel is one line of instructions
@@ -29,6 +29,11 @@ ALIKE = 2  # tiles of the same images, channels and warps that are worth timing
 # Constants of the cost model; estimates.
 STAGE = 40.0  # instructions of a warp beside reads, products and copies
 FINISH = 8.0  # of a warp at the end for each register of sums
+IDLE_WARPS = 5.0  # issue slots are used as warps / (warps + IDLE_WARPS)
+PRODUCT = 4.2  # clocks of a multiprocessor for a product of matrices
+L2_BYTES = 40.0  # of a clock, to a multiprocessor
+LATE = 1.6  # latencies of DRAM that bytes in flight must last for
+START, PARTS, ROUND = 4.0e-6, 2.5e-6, 0.57e-6  # beside the launch; to leave parts; a round of loads of parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from .taps_nhwc_tiles import axes
 
 MOST_REGISTERS = 214  # of a thread for sums, rows of g and fragments
 OTHER_REGISTERS = 34  # of a thread, beside those
-MORE_REGISTERS = 10  # where a step has several rows of x, or sets, or rows or columns have classes
+MORE_REGISTERS = 10  # where a step has several rows of x, or sets, or classes, or lines of one group
 PIECE_REGISTERS = 2
 SET = 16  # groups of eight outputs that a product takes
 MOST_STAGES = 8
@@ -117,7 +117,7 @@ class TapsSparseNhwc(LinesVariant):
         """Registers of a thread beside those that the layout says: what ptxas needs so that nothing spills (sm_90)."""
         along, across = axes(problem, tile.turned)
         more = min(along.stride, tile.taps[0]) > 1 or tile.lines * up(tile.groups, 2) > SET
-        more = more or along.classes * across.classes > 1
+        more = more or along.classes * across.classes > 1 or tile.groups == 1
         return OTHER_REGISTERS + (MORE_REGISTERS if more else 0)
 
     def tiles(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
