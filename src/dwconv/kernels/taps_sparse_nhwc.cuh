@@ -7,9 +7,10 @@
 //   A block has kWarps * kOwn channels; rows of them stream through shared memory, kStages - 1 in flight, and each warp
 //   multiplies its own channels; warps may be a step apart. One sparse m16n8k32 makes products of a row of taps and 128
 //   outputs of two channels (taps_sparse_nhwc_sums.cuh). Then the last block of a group of channels adds up what its
-//   blocks have found, in one order; of many blocks, the last one of each few neighbours adds up those before. grid:
-//   see taps_lines.cuh; shared memory: stages [kStages] (W::kStageBytes), gates least DRAM traffic: x + g, once each;
-//   halos between tiles come from L1 or L2, and all for more tiles of taps
+//   blocks have found, in one order; of many blocks, the last one of each few neighbours adds up those before.
+//   grid: see taps_lines.cuh
+//   shared memory: stages [kStages] (W::kStageBytes), then gates; at the end, sums in the stages' place
+//   least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for more tiles of taps
 #pragma once
 #include "gates.cuh"
 #include "taps_sparse_nhwc_sums.cuh"

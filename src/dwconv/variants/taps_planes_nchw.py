@@ -33,7 +33,7 @@ IDLE_WARPS = 5.0  # issue slots are used as warps / (warps + IDLE_WARPS)
 PRODUCT = 4.2  # clocks of a multiprocessor for a product of matrices
 L2_BYTES = 40.0  # of a clock, to a multiprocessor
 LATE = 1.6  # latencies of DRAM that bytes in flight must last for
-START, PARTS, ROUND = 4.0e-6, 2.5e-6, 0.57e-6  # beside the launch; to leave parts; a round of loads of parts
+START, PARTS, ROUND = 6.0e-6, 2.5e-6, 0.57e-6  # beside the launch; to leave parts; a round of loads of parts
 
 
 @dataclass(frozen=True, slots=True)
