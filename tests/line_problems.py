@@ -30,11 +30,12 @@ def edges(layout: Layout) -> list[DepthwiseProblem]:
     def p(*args, **more):
         return problem(layout, *args, **more)
 
+    more = layout == "channels_last"  # where pairs of channels must be words
     return [
         p(2, 72, (14, 14), 3, padding=1),
         p(3, 40, (7, 7), 5, padding=2, dtype="bfloat16", bias=True),
         p(9, 16, (4, 4), 3, padding=1),  # the last lines of a step have no image
-        p(2, 33, (12, 9), 5, padding=2),  # odd channels, odd rows: copies of two bytes
+        p(2, 33 + more, (12, 9), 5, padding=2),  # odd channels, odd rows: copies of two bytes; channels last, of four
         p(1, 10, (9, 40), (3, 7), padding=(1, 3), dtype="bfloat16", bias=True),
         p(1, 8, (6, 300), 3, padding=1),  # wider than a line
         p(2, 8, (9, 9), 1, stride=2, dtype="bfloat16"),
@@ -53,7 +54,7 @@ def edges(layout: Layout) -> list[DepthwiseProblem]:
         p(2, 16, (1, 41), (1, 9), stride=(1, 2), padding=(0, 9), dilation=(1, 3), dtype="bfloat16"),
         # multipliers: neighbouring outputs read one input
         p(2, 16, (9, 8), 3, padding=1, multiplier=2),
-        p(1, 5, (9, 8), 3, padding=1, multiplier=4, dtype="bfloat16", bias=True),
+        p(1, 5 + more, (9, 8), 3, padding=1, multiplier=4, dtype="bfloat16", bias=True),
         # a tensor that starts between vectors
         p(1, 16, (6, 16), 3, padding=1, aligned=4, dtype="bfloat16"),
         # volumes: padding, strides and dilations of the depth

@@ -1,15 +1,14 @@
 // gates.cuh: stages of shared memory that all threads of a block fill, and all its warps read, without meeting at a
 // barrier (mbarrier, sm_80 and newer)
-//   A stage is filled, read, filled again. A warp that reads waits until the copies of all threads have arrived; one
-//   that fills, until all warps have read what was there. So warps may be a step apart. The emulator, where copies have
-//   arrived when they are started, meets at a barrier instead.
+//   A stage is filled by cp.async, read, filled again. A warp that reads waits until the copies of all threads have
+//   arrived; one that fills, until all warps have read what was there. So warps may be a step apart. The emulator,
+//   where copies have arrived when they are started, meets at a barrier instead.
 #pragma once
 #include "copies.cuh"
 
 namespace dwconv {
 
-// Stores: some of what fills a stage isn't copied by cp.async, but stored.
-template <int Stages, int Threads, bool Stores>
+template <int Stages, int Threads>
 class StageGates {
     static constexpr int kWarps = Threads / 32;
     unsigned full_;  // addresses of Stages gates of 8 bytes, then as many of empty stages
@@ -47,7 +46,7 @@ public:
         full_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
         if (threadIdx.x == 0)
             for (int k = 0; k < Stages; ++k) {
-                initialize(full_ + 8 * k, Stores ? 2 * Threads : Threads);
+                initialize(full_ + 8 * k, Threads);
                 initialize(full_ + 8 * (Stages + k), kWarps);
             }
 #endif
@@ -79,7 +78,6 @@ public:
     __device__ __forceinline__ void is_filled(unsigned stage) const {
 #ifndef DWCONV_EMULATOR
         asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full_ + 8 * stage) : "memory");
-        if constexpr (Stores) arrive(full_ + 8 * stage);
 #endif
     }
     // The stage behind this one; behind the last one, the first of the next round.

@@ -249,9 +249,11 @@ __device__ __forceinline__ void finish_lines(const FilterGradients<typename W::E
         else
             own[index] = sum;
     });
-    if (tiling.parts > 1)
-        finish_parts<W::kThreads, W::kCount>(partial, tiling.parts, tiling.gathered, place.part, of_grid,
-                                             tensors.arrivals, shared_memory<float>(), store);
+    if (tiling.parts == 1) return;
+    constexpr int kFound = W::kSums * W::kBlockChannels;  // the rest of the last vector is nobody's
+    if (kFound + threadIdx.x < W::kCount) own[kFound + threadIdx.x] = 0;
+    finish_parts<W::kThreads, W::kCount>(partial, tiling.parts, tiling.gathered, place.part, of_grid, tensors.arrivals,
+                                         shared_memory<float>(), store);
 }
 
 }  // namespace dwconv

@@ -80,6 +80,10 @@ __device__ __forceinline__ void add_planes(const typename C::Element* elements, 
     }
 }
 
+// So many taps of a thread are summed for each tile alone, then added to those of other tiles: chains of half as many
+// additions have smaller errors. More taps would need too many registers.
+constexpr int kTapsApart = 12;
+
 // Adds the products of all tiles that the thread has in one stage.
 template <class C, class Sum>
 __device__ __forceinline__ void add_stage(const typename C::Element* elements, const Sizes& sizes,
@@ -109,8 +113,20 @@ __device__ __forceinline__ void add_stage(const typename C::Element* elements, c
         const int row = smaller(nominal_row, static_cast<int>(sizes.out_h) - C::kRows);
         const int first_row = row * C::kStrideH - C::kPadTop + place.tap_row * C::kDilationH;
         const int x_row = x + (first_row - stage.in_row) * x_pitch, g_row = g + (row - stage.row) * g_pitch;
-        add_planes<C>(elements, tiling, stage, x_row, x_pitch, first_row, static_cast<int>(sizes.in_h), masks, g_row,
-                      g_pitch, nominal_row - row, nominal_column - column, sums, bias);
+        const auto add = [&](Sum(&into)[C::kTapDepth][C::kTapRows][C::kTapColumns], Sum& into_bias) {
+            add_planes<C>(elements, tiling, stage, x_row, x_pitch, first_row, static_cast<int>(sizes.in_h), masks,
+                          g_row, g_pitch, nominal_row - row, nominal_column - column, into, into_bias);
+        };
+        if constexpr (C::kTapDepth * C::kTapRows * C::kTapColumns <= kTapsApart) {
+            Sum of_tile[C::kTapDepth][C::kTapRows][C::kTapColumns] = {}, bias_of_tile = 0;
+            add(of_tile, bias_of_tile);
+#pragma unroll
+            for (int k = 0; k < C::kTapDepth * C::kTapRows * C::kTapColumns; ++k)
+                (&sums[0][0][0])[k] += (&of_tile[0][0][0])[k];
+            bias += bias_of_tile;
+        } else {
+            add(sums, bias);
+        }
     }
 }
 

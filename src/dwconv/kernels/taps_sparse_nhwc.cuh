@@ -26,7 +26,7 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
     const unsigned end_position = min(first_position + tiling.part_rows, tiling.positions);
 
     unsigned char* const stages = shared_memory<unsigned char>();
-    StageGates<C::kStages, W::kThreads, (C::kXBytes == 2 || C::kGBytes == 2)> gates(stages + W::kGatesAt);
+    StageGates<C::kStages, W::kThreads> gates(stages + W::kGatesAt);
     LinesCopies<W> copies(tensors, sizes, place, tiling, stages, first_position, end_position);
 #pragma unroll 1
     for (unsigned k = 0; k < C::kStages; ++k) {

@@ -76,6 +76,7 @@ struct TapsSparse : TapsAxes<C> {
     // What is read before copies are started: the row of g, where registers are left for it; so all, if that isn't
     // more.
     static constexpr bool kRowAhead = C::kOwn < 8, kReadAtOnce = kRowAhead && A::kRows * kSets == 1;
+    static_assert(C::kXBytes >= 4 && C::kGBytes >= 4, "gates open for what is copied, not for what is stored");
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");
 
     __device__ __forceinline__ static int first_channel() { return 0; }

@@ -55,7 +55,11 @@ class LinesVariant(Variant):
         yield from (self.plan(problem, device, tile) for _, tile in best)
         yield from (self.plan(problem, device, tile) for tile in illegal)
         if not timed and not illegal:
-            yield Rejection(self.stem, "", f"no tile makes whole channels of a multiplier of {problem.multiplier}")
+            yield Rejection(
+                self.stem,
+                "",
+                f"no tile has whole words of {problem.channels} channels with a multiplier of {problem.multiplier}",
+            )
 
     def cut(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: int = 1) -> Cut | str:
         """How a tile divides a planar problem, or why it can't. depth_taps: of volumes, whose planes are images."""

@@ -58,6 +58,8 @@ class TapsSparseNhwc(LinesVariant):
         x_channels = tile.channels // m
         x_elements = widest(8, problem.aligned // 2, problem.channels, x_channels, row, column, *images)
         g_elements = widest(8, problem.aligned // 2, problem.out_channels, tile.channels)
+        if min(x_elements, g_elements) == 1:
+            return "pairs of channels aren't words in memory: their number is odd, or x begins between them"
         window = 7 * across.stride + tile.taps[1]
         chunks = divided(window, 8)
         pairs = divided(tile.lines, 2) if tile.groups == 1 else divided(tile.groups, 2) * tile.lines
