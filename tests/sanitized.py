@@ -39,7 +39,7 @@ PROBLEMS = [
     DepthwiseProblem(1, 8, (13, 41), (3, 3), stride=(2, 2), layout="channels_last", direction="grad_input"),
     DepthwiseProblem(1, 2, (6, 20), (3, 3), direction="grad_weight"),
     DepthwiseProblem(1, 8, (6, 20), (3, 3), layout="channels_last", direction="grad_weight"),
-    DepthwiseProblem(1, 2, (6, 20), (3, 3), dtype="float16", direction="grad_weight"),
+    DepthwiseProblem(1, 4, (6, 20), (3, 3), dtype="float16", direction="grad_weight"),
     DepthwiseProblem(1, 8, (6, 20), (3, 3), dtype="float16", layout="channels_last", direction="grad_weight"),
 ]
 

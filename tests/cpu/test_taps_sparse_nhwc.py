@@ -174,7 +174,7 @@ def test_what_it_refuses():
     given, tile = problem(LAST, 2, 16, (9, 9), 3, padding=1), Tile(False, (3, 3), 2, 2, 2)
     assert "tensor cores of sm_75" in reason(VARIANT.plan(given, PRESETS["sm_75"], tile))
     assert "shared memory" in reason(VARIANT.plan(given, H200, replace(tile, own=8, warps=16, stages=64)))
-    assert "pieces" in reason(VARIANT.plan(replace(given, batch=99, aligned=4), H200, replace(tile, lines=99)))
+    assert "pieces" in reason(VARIANT.plan(replace(given, aligned=4), H200, replace(tile, lines=150, warps=1)))
     assert "words" in reason(VARIANT.plan(replace(given, aligned=2), H200, tile))
     assert "whole pairs" in reason(VARIANT.plan(replace(given, multiplier=3), H200, tile))
     assert "2**31" in reason(VARIANT.plan(problem(LAST, 9, 16, (9, 2**27), 3), H200, tile))

@@ -138,7 +138,7 @@ def line_shapes(width: int, most: int) -> Iterator[tuple[int, int]]:
     """Groups of eight outputs of a line, and lines, that make up most of `most` groups.
 
     >>> list(line_shapes(56, 16)), list(line_shapes(14, 16)), list(line_shapes(300, 16))
-    ([(7, 2)], [(2, 8)], [(16, 1), (10, 1), (13, 1)])
+    ([(7, 2)], [(2, 8)], [(8, 2), (5, 3), (16, 1)])
     """
     eights = divided(width, 8)
     if eights <= most:
