@@ -42,7 +42,7 @@ demo: $(STAMP)
 	$(BIN)/dwconv optimize examples/kernelbench/82_square_square.py -o build/82_square_square_dwconv.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)

@@ -13,7 +13,8 @@ import pytest
 
 _GPU_TESTS = Path(__file__).parent / "tests" / "gpu"
 _CACHE = pytest.StashKey[str]()
-_LONG = ("test_sanitizers.py", "test_edges.py")  # begin first, so that no core waits for them in the end
+# Files that begin first, so that no core waits for them in the end.
+_LONG = ("test_sanitizers.py", "test_compile.py", "test_training.py", "test_edges.py", "test_gradient_edges.py")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -21,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Subprocesses, and the workers of pytest-xdist, inherit it: no test writes to the user's own cache.
     if not hasattr(config, "workerinput"):
         config.stash[_CACHE] = os.environ["DWCONV_CACHE_DIR"] = tempfile.mkdtemp(prefix="dwconv-tests-")
+        # Small problems, thousands of kernels: g++ would optimize for three times as long as they run without it.
+        os.environ.setdefault("DWCONV_EMULATOR_OPTIMIZE", "0")
     try:
         import hypothesis
     except ImportError:  # GPU machines may lack it; the tests that need it say so

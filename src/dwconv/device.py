@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from .errors import DepthwiseError
 
+_MIB = 1 << 20
+_KIB = 1 << 10
+SHARED_SIZES = (8, 16, 32, 64, 100, 132, 164, 196, 228)  # KiB of shared memory that may be split off 256 KiB
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
@@ -44,9 +48,16 @@ class DeviceSpec:
         """The clock, in Hz, at which the float32 rate is reached: 128 multiply-adds of a multiprocessor in each."""
         return self.fp32_tflops * 1e12 / (self.multiprocessors * 256)
 
+    def l1_beside(self, shared_bytes: int) -> int:
+        """What L1 has where resident blocks take so much shared memory, of which it is split off in a few sizes.
 
-_MIB = 1 << 20
-_KIB = 1 << 10
+        >>> H200.l1_beside(120 * 1024) // 1024
+        124
+        """
+        largest = self.shared_bytes + 28 * _KIB
+        sizes = (size * _KIB for size in SHARED_SIZES if shared_bytes <= size * _KIB <= self.shared_bytes)
+        return largest - min(sizes, default=shared_bytes)
+
 
 # Rates are the vendors' datasheets' (bandwidth times 0.9, what copies reach), except the H200's, which were measured.
 PRESETS: dict[str, DeviceSpec] = {

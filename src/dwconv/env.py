@@ -61,6 +61,11 @@ VARIABLES: dict[str, Variable] = {
         ),
         Variable("DWCONV_CXX", lambda: "g++", "The C++ compiler that builds kernels for the emulator."),
         Variable(
+            "DWCONV_EMULATOR_OPTIMIZE",
+            lambda: "2",
+            "How g++ optimizes kernels for the emulator, -O0 to -O3; dwconv's tests take 0: many small problems.",
+        ),
+        Variable(
             "DWCONV_EMULATOR_SANITIZE",
             lambda: "0",
             "1 builds kernels for the emulator with AddressSanitizer and UBSan, about ten times slower.",

@@ -230,6 +230,11 @@ class DepthwiseProblem:
         return DTYPE_BYTES[self.dtype]
 
     @property
+    def sum_bytes(self) -> int:
+        """Bytes of what kernels add up in: float64 in its own type, all else in float32."""
+        return max(4, self.element_bytes)
+
+    @property
     def x_shape(self) -> tuple[int, ...]:
         return (self.batch, self.channels, *self.size)
 

@@ -18,6 +18,7 @@ from dwconv.device import H200
 from dwconv.emulator import EmulationError, build
 from dwconv.problem import DepthwiseProblem
 from emulated_kernels import run_kernel
+from problems import make_inputs
 
 ORDERS = (None, 0, 1, 2, 3)
 in_any_order = pytest.mark.parametrize("order_seed", ORDERS)
@@ -313,6 +314,21 @@ def test_progress_ends_with_all_blocks():
     told = []
     emulator.run(plan, *tensors(), progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (plan.grid[0], plan.grid[0])
+
+
+@pytest.mark.parametrize("level", ["2", "3"])
+def test_kernels_may_be_optimized(set_variable, level):
+    """Tests take kernels as they are; users get optimized ones, whose multiply-adds round once where the CPU can."""
+    set_variable("DWCONV_EMULATOR_OPTIMIZE", level)
+    problem = DepthwiseProblem(2, 3, (9, 33), (3, 3), padding=((1, 1), (1, 1)))
+    x, weight, _ = make_inputs(problem)
+    for variant in ("direct_nchw", "wide_nchw", "one_per_thread"):
+        y = torch.full(problem.y_shape, torch.nan)
+        emulator.run(choose(problem, H200, variant), x, weight, None, y)
+        assert reference.describe_mismatch(y, *reference.forward(x, weight, None, problem)) is None
+    a, b = torch.tensor([1 + 2.0**-12] * 32), torch.tensor([-(1 + 2.0**-11)] * 32)
+    run_kernel("b[t] = a[t] * a[t] + b[t];", a, b)
+    assert set(b.tolist()) == {2.0**-24 if build._machine_flags() else 0.0}
 
 
 def test_os_threads_share_the_blocks(set_variable):

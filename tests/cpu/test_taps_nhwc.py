@@ -13,8 +13,9 @@ from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem
+from dwconv.variants.march import axes
 from dwconv.variants.taps_nhwc import TapsNhwc
-from dwconv.variants.taps_nhwc_tiles import Tile, axes
+from dwconv.variants.taps_nhwc_tiles import Tile
 from edge_plans import bits
 
 VARIANT = TapsNhwc()

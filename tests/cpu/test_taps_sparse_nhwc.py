@@ -152,7 +152,7 @@ def test_plans_know_what_the_kernel_does(way):
             "W::GPieces::kCopies": one.layout.g_pieces,
             "W::kLive": one.live,
             "W::kRows": one.rows,
-            "W::kTapTilesA * W::kTapTilesB": one.tap_tiles,
+            "W::kTapTilesA * W::kTapTilesB": one.march.tap_tiles,
             "W::kSets * W::kChunks * Config::kOwn / 2": one.layout.products,
         },
     )

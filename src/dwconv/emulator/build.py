@@ -26,16 +26,9 @@ from ..sources import kernel_source, without_includes
 _FORMAT = "dwconv-emulator-2"
 _HEADERS = ("cuda_emulator.h", "fibers.h", "switch.h")
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-pthread")
-# A vector load reads floats as uint4, and a multiply-add is contracted, both as in CUDA.
+# A vector load reads floats as uint4, and a multiply-add is contracted (from -O2 on), both as in CUDA.
 _KERNEL_FLAGS = ("-w", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno")
-_OPTIMIZED = ("-O2",)
-_SANITIZED = (
-    "-O1",
-    "-g1",
-    "-fno-omit-frame-pointer",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-)
+_SANITIZED = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _UNROLL = re.compile(r"^([ \t]*)#[ \t]*pragma[ \t]+unroll(?:[ \t]+(\d+))?[ \t]*$", re.MULTILINE)
 _WHOLLY = 1024  # iterations that `#pragma unroll` alone unrolls
 
@@ -95,7 +88,8 @@ def load(text: str, constants: Constants, name: str) -> ctypes.CDLL:
     defines = [f"-DDWCONV_{constant}={value}" for constant, value in constants]
     if constants:
         defines.insert(0, "-DDWCONV_CONSTANTS")
-    flags = (*_FLAGS, *_KERNEL_FLAGS, *_machine_flags(), *(_SANITIZED if sanitize else _OPTIMIZED), *defines)
+    level = min(env.read_integer("DWCONV_EMULATOR_OPTIMIZE"), 1 if sanitize else 3)
+    flags = (*_FLAGS, *_KERNEL_FLAGS, *_machine_flags(), f"-O{level}", *(_SANITIZED if sanitize else ()), *defines)
     runtime = _runtime(sanitize)
     payload = _built(unit, ("-shared", *flags), name, inputs=(str(runtime),))
     return _open(payload, name, keep=sanitize)

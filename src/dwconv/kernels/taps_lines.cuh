@@ -1,12 +1,18 @@
-// taps_lines.cuh: what kernels of filters' gradients march over that take lines of outputs as matrices
+// taps_lines.cuh: what kernels of filters' gradients march over, and what they do with their sums
 //   A block marches along axis a (rows of the image, or columns: kTurned). With stride S and dilation D on an axis,
-//   outputs and inputs fall into D / gcd(S, D) classes that share no products, each a problem of dilation 1 and stride
-//   S / gcd(S, D) whose inputs lie apart; channels first has classes of rows only, and taps kSpreadB positions apart.
-//   A line is kLineOutputs neighbouring outputs of one class, image after image. A super-line is kLines lines, which
-//   are taken in one step: a row of g of each, and the kRows rows of x that its first taps meet. A position is an
-//   output row of a super-line; a block takes part_rows of them. What it takes of one super-line is a segment.
-//   Planes of volumes count as images, taps of the depth as tiles of taps: a plane of g meets one of x, or none.
-//   grid.x = tiles of taps * groups of channels * parts of all output rows, in this order
+//   q = gcd(S, D), outputs i and inputs r fall into D / q classes that share no products. In class c, output k is
+//   i = c + k * D/q, input m is r = c*S - P + m*D, and tap u joins them where m = k * S/q + u. So every problem is one
+//   with dilation 1, stride S/q, and inputs that lie apart. Channels first has classes of rows only, and taps kSpreadB
+//   positions apart.
+//   A tile of taps is kTapsA x kTapsB of them from (tap_a, tap_b) on, in kTapsD neighbouring taps of the depth from
+//   depth_tap on: as if there were no others.
+//   A line is kLineOutputs neighbouring outputs of one class, image after image. A super-line is the kLines lines that
+//   a block takes side by side; its warps take all of them together, or kOwnLines each. A position is an output row of
+//   a super-line; a block takes part_rows of them. What it takes of one super-line is a segment; a step of it brings
+//   the row of g that is `step` outputs from the start, and the kRows rows of x that its first taps meet, in each of
+//   kTapsD planes; the row of g meets kLive - 1 steps' rows of x more. Planes of volumes count as images: one of g
+//   meets kTapsD planes of x, or those of them that exist. grid.x = tiles of taps * groups of channels * parts of all
+//   output rows, in this order
 #pragma once
 #include "filter_gradients.cuh"
 
@@ -29,9 +35,13 @@ __host__ __device__ constexpr int up(int a, int multiple, int remainder = 0) {
     return a + ((remainder - a) % multiple + multiple) % multiple;
 }
 
-// The axes of a problem: along the march, and across.
-template <class C>
-struct TapsAxes {
+// What layouts of such kernels derive from: the axes of a problem, along the march and across; and a block's sums, of
+// BlockChannels channels. Together: neighbouring channels of one thread.
+template <class C, int BlockChannels, int TapsD = 1, int Together = 1>
+struct TapsLines {
+    using Config = C;
+    using Element = typename C::Element;
+    using Sum = typename Accumulator<Element>::Type;
     static constexpr bool kLast = C::kChannelsLast, kTurned = C::kTurned;
     static_assert(kLast || !kTurned, "channels first, lines are neighbouring columns");
     static constexpr int kFilterA = kTurned ? C::kFilterW : C::kFilterH, kFilterB = kTurned ? C::kFilterH : C::kFilterW;
@@ -51,7 +61,24 @@ struct TapsAxes {
     static constexpr int kTapTilesA = ceil_div(kFilterA, C::kTapsA), kTapTilesB = ceil_div(kFilterB, C::kTapsB);
     static constexpr int kLive = ceil_div(C::kTapsA, kStrideA);  // rows of g that a row of x may meet
     static constexpr int kRows = smaller(kStrideA, C::kTapsA);   // of x, in a step
-    static constexpr int kSums = C::kTapsA * C::kTapsB + (C::kHasBias ? 1 : 0);
+
+    static constexpr int kThreads = 32 * C::kWarps, kBlockChannels = BlockChannels;
+    static constexpr int kTapsD = TapsD, kTileTaps = C::kTapsA * C::kTapsB;  // of one tap of the depth
+    static constexpr int kTaps = TapsD * kTileTaps, kSums = kTaps + (C::kHasBias ? 1 : 0);
+    static constexpr int kCount = up(kSums * BlockChannels, 4);  // sums of a block, as whole vectors
+    static_assert(TapsD == 1 || C::kVolume, "only planes of volumes meet several planes of x");
+    static_assert(TapsD <= 32, "which planes exist must fit in 32 bits");
+
+    // Index `index` of a block's sums counts its lanes of channels, then a lane's channels, then taps and the bias.
+    __device__ __forceinline__ static int tap_of(int index) { return index / BlockChannels; }
+    __device__ __forceinline__ static int channel_of(int index) {
+        constexpr int kLanes = BlockChannels / Together;
+        return Together == 1 ? index % BlockChannels : index % kLanes * Together + index / kLanes % Together;
+    }
+    // A tap of the tile, from its first one on.
+    __device__ __forceinline__ static int depth_of(int tap) { return TapsD == 1 ? 0 : tap / kTileTaps; }
+    __device__ __forceinline__ static int row_of(int tap) { return (TapsD == 1 ? tap : tap % kTileTaps) / C::kTapsB; }
+    __device__ __forceinline__ static int column_of(int tap) { return tap % C::kTapsB; }
 };
 
 // What a block works on.
@@ -70,7 +97,7 @@ struct LinesPlace {
         group = above - part * tiling.channel_groups.divisor;
         constexpr unsigned kPlaneTiles = W::kTapTilesA * W::kTapTilesB;
         const unsigned of_plane = C::kVolume ? tap_tile % kPlaneTiles : tap_tile;
-        depth_tap = C::kVolume ? static_cast<int>(tap_tile / kPlaneTiles) : 0;
+        depth_tap = C::kVolume ? static_cast<int>(tap_tile / kPlaneTiles) * W::kTapsD : 0;
         tap_a = static_cast<int>(of_plane / W::kTapTilesB) * C::kTapsA;
         tap_b = static_cast<int>(of_plane % W::kTapTilesB) * C::kTapsB;
         const long long column = W::kLast ? sizes.out_channels : 1, row = sizes.out_w * column;
@@ -124,10 +151,12 @@ struct LinesSegment {
     int row_class;
     int first, end, last;  // rows of g; the step after the last one
     int base;              // the row of x that the first tap of row 0 meets
+    unsigned planes;       // volumes of one own line: a bit for each tap of the depth whose plane of x exists; else all
 
-    // The next one from `position` on, which it moves. False where there is none; the same for all threads.
+    // The next one from `position` on, which it moves, for those who own the lines from own_line of the super-line on.
+    // False where there is none; the same for all of them.
     __device__ __forceinline__ bool find(unsigned& position, unsigned end_position, const LinesPlace<W>& place,
-                                         const Sizes& sizes, const LinesTiling& tiling) {
+                                         const Sizes& sizes, const LinesTiling& tiling, unsigned own_line = 0) {
         while (position < end_position) {
             const unsigned line = tiling.rows.quotient(position);
             first = static_cast<int>(position - line * tiling.rows.divisor);
@@ -136,11 +165,15 @@ struct LinesSegment {
             const unsigned of_class = W::kClassesA == 1 ? 0 : tiling.super_lines.quotient(line);
             row_class = static_cast<int>(of_class);
             super_line = line - of_class * tiling.super_lines.divisor;
-            if constexpr (C::kVolume && W::kLines == 1)
-                if (!(C::kHasBias && place.tap_tile == 0) &&
-                    !MetPlanes::find<C>(OutputLine<W>(super_line, tiling).image, tiling.depths, sizes, place.depth_tap)
-                         .exists)
-                    continue;
+            const unsigned first_line = super_line * W::kLines + own_line;
+            if (W::kOwnLines < W::kLines && first_line >= tiling.lines) continue;
+            planes = ~0u;
+            if constexpr (C::kVolume && W::kOwnLines == 1) {
+                const OutputLine<W> at(first_line, tiling);
+                planes = MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap)
+                             .template existing<C, W::kTapsD>(sizes, place.depth_tap);
+                if (!(C::kHasBias && place.tap_tile == 0) && planes == 0) continue;
+            }
             base = row_class * W::kStepA - W::kPadA + place.tap_a * W::kApartA;
             end = min(end, ceil_div(place.out_a - row_class, W::kClassesA));
             // Steps before which all rows of x end.
@@ -149,8 +182,8 @@ struct LinesSegment {
                 const int before = -base - (C::kTapsA - 1) * W::kApartA;
                 if (before > 0) first = max(first, ceil_div(before, W::kReach));
                 end = min(end, x_end);
-                if constexpr (W::kLines == 1 && W::kTapTilesB > 1) {
-                    const int column = OutputLine<W>(super_line, tiling).x_column(place.tap_b);
+                if constexpr (W::kOwnLines == 1 && W::kTapTilesB > 1) {
+                    const int column = OutputLine<W>(first_line, tiling).x_column(place.tap_b);
                     if (column >= place.in_b || column + (W::kLinePositions - 1) * W::kApartB < 0) continue;
                 }
             }
@@ -162,16 +195,29 @@ struct LinesSegment {
     }
 };
 
+// Calls sums.step<phase>(arguments...): the phase says which registers a step's row of g goes to.
+template <int Phases, int Phase = 0, class Sums, class... Arguments>
+__device__ __forceinline__ void step_in_phase(int phase, Sums& sums, const Arguments&... arguments) {
+    if constexpr (Phase + 1 < Phases) {
+        if (phase != Phase) {
+            step_in_phase<Phases, Phase + 1>(phase, sums, arguments...);
+            return;
+        }
+    }
+    sums.template step<Phase>(arguments...);
+}
+
 // A sum of the block, term by term: zeros that stand for what doesn't exist make NaNs of Infs and NaNs.
 template <class W>
-__device__ __forceinline__ float exact_block_sum(const FilterGradients<typename W::Element>& tensors,
-                                                 const Sizes& sizes, const LinesTiling& tiling,
-                                                 const LinesPlace<W>& place, unsigned first, unsigned end,
-                                                 long long channel, int tap) {
+__device__ __forceinline__ typename W::Sum exact_block_sum(const FilterGradients<typename W::Element>& tensors,
+                                                           const Sizes& sizes, const LinesTiling& tiling,
+                                                           const LinesPlace<W>& place, unsigned first, unsigned end,
+                                                           long long channel, int tap) {
     using C = typename W::Config;
-    const bool is_bias = tap == C::kTapsA * C::kTapsB;
-    const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
-    float sum = 0;
+    using Sum = typename W::Sum;
+    const bool is_bias = tap == W::kTaps;
+    const int u = place.tap_a + W::row_of(tap), v = place.tap_b + W::column_of(tap);
+    Sum sum = 0;
 #pragma unroll 1
     for (unsigned position = first; position < end; ++position) {
         const unsigned line_of_all = tiling.rows.quotient(position);
@@ -188,7 +234,8 @@ __device__ __forceinline__ float exact_block_sum(const FilterGradients<typename 
             const OutputLine<W> at(line, tiling);
             long long in_x = at.image * sizes.x_image;
             if constexpr (C::kVolume) {
-                const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap);
+                const MetPlanes met =
+                    MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap + W::depth_of(tap));
                 if (!is_bias && !met.exists) continue;
                 in_x = met.in_x(sizes);
             }
@@ -198,51 +245,51 @@ __device__ __forceinline__ float exact_block_sum(const FilterGradients<typename 
                 const long long j = at.column_class + static_cast<long long>(at.first + t) * W::kClassesB;
                 const long long c = j * W::kStepB - W::kPadB + static_cast<long long>(v) * W::kDilationB;
                 if (j >= place.out_b || (!is_bias && (c < 0 || c >= place.in_b))) continue;
-                const float g = static_cast<float>(
+                const Sum g = static_cast<Sum>(
                     load_one(tensors.g + in_g + i * place.g_a + j * place.g_b + channel * place.g_channel));
                 sum += is_bias ? g
-                               : g * static_cast<float>(load_one(tensors.x + in_x + r * place.x_a + c * place.x_b +
-                                                                 channel / C::kMultiplier * sizes.x_channel));
+                               : g * static_cast<Sum>(load_one(tensors.x + in_x + r * place.x_a + c * place.x_b +
+                                                               channel / C::kMultiplier * sizes.x_channel));
             }
         }
     }
     return sum;
 }
 
-// What a block does with the sums of its warps: sums.finish(scratch, found) passes each to found(index, sum), where
-// index = tap * kBlockChannels + channel, the bias behind the last tap of the block's tile. All threads call it.
+// What a block does with the sums of its warps: sums.finish(scratch, found) passes each to found(index, sum). All
+// threads call it. first, end: positions of the block.
 template <class W, class Sums>
 __device__ __forceinline__ void finish_lines(const FilterGradients<typename W::Element>& tensors, const Sizes& sizes,
                                              const LinesTiling& tiling, const LinesPlace<W>& place, unsigned first,
                                              unsigned end, const Sums& sums) {
     using C = typename W::Config;
     using Element = typename W::Element;
-    const auto channel_of = [&](int index) {
-        return static_cast<long long>(place.group) * W::kBlockChannels + index % W::kBlockChannels;
-    };
-    const auto store = [&](int index, float sum) {
-        const long long channel = channel_of(index);
-        const int tap = index / W::kBlockChannels;
+    using Sum = typename W::Sum;
+    const long long first_channel = static_cast<long long>(place.group) * W::kBlockChannels;
+    const auto store = [&](int index, Sum sum) {
+        const long long channel = first_channel + W::channel_of(index);
+        const int tap = W::tap_of(index);
         if (channel >= sizes.out_channels) return;
-        if (tap < C::kTapsA * C::kTapsB) {
-            const int u = place.tap_a + tap / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
-            if (u < W::kFilterA && v < W::kFilterB)
-                tensors.dw[(channel * C::kFilterD + place.depth_tap) * W::kPlaneTaps +
+        if (tap < W::kTaps) {
+            const int u = place.tap_a + W::row_of(tap), v = place.tap_b + W::column_of(tap);
+            const int depth_tap = place.depth_tap + W::depth_of(tap);
+            if (u < W::kFilterA && v < W::kFilterB && (C::kFilterD % W::kTapsD == 0 || depth_tap < C::kFilterD))
+                tensors.dw[(channel * C::kFilterD + depth_tap) * W::kPlaneTaps +
                            (W::kTurned ? v * W::kFilterA + u : u * W::kFilterB + v)] = static_cast<Element>(sum);
         } else if (tap < W::kSums && place.tap_tile == 0) {
             tensors.db[channel] = static_cast<Element>(sum);
         }
     };
     const unsigned of_grid = place.group * tiling.tap_tiles.divisor + place.tap_tile;
-    float* const partial =
-        static_cast<float*>(tensors.partial) + static_cast<unsigned long long>(of_grid) * tiling.parts * W::kCount;
-    float* const own = partial + static_cast<unsigned long long>(place.part) * W::kCount;
-    sums.finish(shared_memory<float>(), [&](int index, float sum) {
-        if (C::kRepair && !(sum - sum == 0.0f)) {
-            const long long channel = channel_of(index);
-            sum = channel < sizes.out_channels ? exact_block_sum<W>(tensors, sizes, tiling, place, first, end, channel,
-                                                                    index / W::kBlockChannels)
-                                               : 0.0f;
+    Sum* const partial =
+        static_cast<Sum*>(tensors.partial) + static_cast<unsigned long long>(of_grid) * tiling.parts * W::kCount;
+    Sum* const own = partial + static_cast<unsigned long long>(place.part) * W::kCount;
+    sums.finish(shared_memory<Sum>(), [&](int index, Sum sum) {
+        if (C::kRepair && !(sum - sum == Sum(0))) {
+            const long long channel = first_channel + W::channel_of(index);
+            sum = channel < sizes.out_channels
+                      ? exact_block_sum<W>(tensors, sizes, tiling, place, first, end, channel, W::tap_of(index))
+                      : Sum(0);
         }
         if (tiling.parts == 1)
             store(index, sum);
@@ -253,7 +300,7 @@ __device__ __forceinline__ void finish_lines(const FilterGradients<typename W::E
     constexpr int kFound = W::kSums * W::kBlockChannels;  // the rest of the last vector is nobody's
     if (kFound + threadIdx.x < W::kCount) own[kFound + threadIdx.x] = 0;
     finish_parts<W::kThreads, W::kCount>(partial, tiling.parts, tiling.gathered, place.part, of_grid, tensors.arrivals,
-                                         shared_memory<float>(), store);
+                                         shared_memory<Sum>(), store);
 }
 
 }  // namespace dwconv

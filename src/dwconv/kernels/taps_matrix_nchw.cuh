@@ -48,7 +48,7 @@ __device__ __forceinline__ void taps_matrix_nchw(const FilterGradients<typename 
             __syncwarp();  // the stage is there for all lanes, and none reads the one any more that is filled now
             taps.read(stage);
             copies.copy(filled - begin, tensors, sizes);
-            taps.template step_of<0>(phase, stage, step, segment, place);
+            step_in_phase<W::kLive>(phase, taps, stage, step, segment, place);
             phase = phase + 1 == W::kLive ? 0 : phase + 1;
             filled = stage;
             stage = stage == last ? begin : stage + W::kStageBytes;

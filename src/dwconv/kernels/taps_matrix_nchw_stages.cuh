@@ -9,38 +9,34 @@
 namespace dwconv {
 
 template <class C>
-struct TapsMatrix : TapsAxes<C> {
-    using Config = C;
+struct TapsMatrix : TapsLines<C, C::kOwn * C::kWarps> {
     using Element = typename C::Element;
-    using A = TapsAxes<C>;
+    using Base = TapsLines<C, C::kOwn * C::kWarps>;
     static_assert(sizeof(Element) == 2, "tensor cores multiply elements of 16 bits");
-    static constexpr int kLines = C::kLines, kLead = C::kLead, kLineOutputs = 8 * C::kGroups;
+    static constexpr int kLines = C::kLines, kOwnLines = kLines, kLead = C::kLead, kLineOutputs = 8 * C::kGroups;
 
     // The window of a group of eight outputs: rows of the matrix that it makes, with those of other groups.
-    static constexpr int kWindow = 7 * A::kStrideB + (C::kTapsB - 1) * A::kSpreadB + 1 + kLead;
+    static constexpr int kWindow = 7 * Base::kStrideB + (C::kTapsB - 1) * Base::kSpreadB + 1 + kLead;
     static constexpr int kMatrices = ceil_div(kWindow, 16);          // of 16 rows
     static constexpr int kSets = ceil_div(C::kGroups * kLines, 16);  // of 16 groups
-    static constexpr int kLinePositions = kWindow + (kLineOutputs - 8) * A::kStrideB;
+    static constexpr int kLinePositions = kWindow + (kLineOutputs - 8) * Base::kStrideB;
     static constexpr int kLineChunks = ceil_div(kLinePositions, 8);
     static constexpr int kChunkRows =
-        larger(C::kGroups + (2 * kMatrices - 1) / A::kStrideB, ceil_div(kLineChunks, A::kStrideB));
+        larger(C::kGroups + (2 * kMatrices - 1) / Base::kStrideB, ceil_div(kLineChunks, Base::kStrideB));
     // Where chunk number `chunk` of a group's window is, from the group's number on.
     __host__ __device__ static constexpr int chunk_at(int chunk) {
-        return (chunk % A::kStrideB * kChunkRows + chunk / A::kStrideB) * kLines;
+        return (chunk % Base::kStrideB * kChunkRows + chunk / Base::kStrideB) * kLines;
     }
     static constexpr int kGChunks = 16 * kSets;
-    static constexpr int kXChunks = larger(
-        kGChunks + chunk_at(smaller(A::kStrideB - 1, 2 * kMatrices - 1)) + (2 * kMatrices - 1) / A::kStrideB * kLines,
-        A::kStrideB * kChunkRows * kLines);
+    static constexpr int kXChunks = larger(kGChunks + chunk_at(smaller(Base::kStrideB - 1, 2 * kMatrices - 1)) +
+                                               (2 * kMatrices - 1) / Base::kStrideB * kLines,
+                                           Base::kStrideB * kChunkRows * kLines);
 
-    static constexpr int kThreads = 32 * C::kWarps;
-    static constexpr int kBlockChannels = C::kOwn * C::kWarps;
     static constexpr int kXOwn = larger(1, C::kOwn / C::kMultiplier);  // channels of x of a warp
-    static constexpr int kCount = up(A::kSums * kBlockChannels, 4);    // sums of a block, as whole vectors
     static_assert(C::kOwn % C::kMultiplier == 0 || C::kMultiplier % C::kOwn == 0, "a warp has whole channels of x");
 
     // Positions of a line that can exist: all, or those inside of an image that is one line wide (kWidth).
-    static constexpr int kXFirst = C::kWidth > 0 ? A::kPadB + kLead : 0;
+    static constexpr int kXFirst = C::kWidth > 0 ? Base::kPadB + kLead : 0;
     static constexpr int kXPositions = C::kWidth > 0 ? smaller(C::kWidth, 8 * kLineChunks - kXFirst) : 8 * kLineChunks;
     static constexpr int kGPositions = C::kWidth > 0 ? C::kOutWidth : kLineOutputs;
     static_assert(kXPositions > 0 && kGPositions <= kLineOutputs, "kWidth is of images one line wide");
@@ -49,14 +45,14 @@ struct TapsMatrix : TapsAxes<C> {
 
     // A stage of a warp: x [kRows][kXOwn][kXChunks], then g [kOwn][kGChunks], 16 bytes each.
     static constexpr int kXChannelBytes = 16 * kXChunks, kGChannelBytes = 16 * kGChunks;
-    static constexpr int kXRowBytes = kXOwn * kXChannelBytes, kGAt = A::kRows * kXRowBytes;
+    static constexpr int kXRowBytes = kXOwn * kXChannelBytes, kGAt = Base::kRows * kXRowBytes;
     static constexpr int kStageBytes = kGAt + C::kOwn * kGChannelBytes;
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");
 
     __device__ __forceinline__ static int first_channel() { return static_cast<int>(threadIdx.x / 32) * C::kOwn; }
     __device__ __forceinline__ static unsigned in_x(const XPieces& piece) {
         const int at = kXFirst + piece.position, chunk = at / 8;
-        const int number = (chunk % A::kStrideB * kChunkRows + chunk / A::kStrideB) * kLines + piece.line;
+        const int number = (chunk % Base::kStrideB * kChunkRows + chunk / Base::kStrideB) * kLines + piece.line;
         return piece.channel * kXChannelBytes + 16 * number + 2 * (at % 8);
     }
     __device__ __forceinline__ static unsigned in_g(const GPieces& piece) {

@@ -152,18 +152,6 @@ struct TapsMatrixSums {
         }
     }
 
-    template <int Phase>
-    __device__ __forceinline__ void step_of(int phase, unsigned stage, int number, const LinesSegment<W>& segment,
-                                            const LinesPlace<W>& place) {
-        if constexpr (Phase + 1 < W::kLive) {
-            if (phase != Phase) {
-                step_of<Phase + 1>(phase, stage, number, segment, place);
-                return;
-            }
-        }
-        step<Phase>(stage, number, segment, place);
-    }
-
     // Passes the sums of the warp's channels to found(index, sum): index = tap * channels of the block + channel; the
     // bias is behind the last tap. `scratch` has room for kSlab rows of taps of each warp.
     template <class Found>

@@ -7,11 +7,10 @@
 //   tile, which marches down kColumns neighbouring columns of outputs: the rows of g that are met again stay in
 //   registers, each row of x is read once. A warp has its own stages of rows in shared memory, kStages - 1 of them in
 //   flight: warps don't wait for each other. Then the block adds up its tiles, and the last block the blocks, in one
-//   order; of many blocks, the last one of each few neighbours adds up those before. Planes of volumes count as images:
-//   one of g meets kTapsD planes of x, or those of them that exist. grid.x = tiles of taps * groups of kChunks chunks
-//   of channels * parts of all output rows, in this order shared memory: stages [kWarps][kStages] (W::kStage); then
-//   sums [kSlab][threads] least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for
-//   more tiles of taps
+//   order; of many blocks, the last one of each few neighbours adds up those before.
+//   grid: see taps_lines.cuh, of groups of kChunks chunks of channels
+//   shared memory: stages [kWarps][kStages] (W::kStage); then sums [kSlab][threads]
+//   least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for more tiles of taps
 #pragma once
 #include "taps_nhwc_sums.cuh"
 
@@ -19,10 +18,9 @@ namespace dwconv {
 
 template <class C>
 __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,
-                                          const TapsNhwcTiling& tiling) {
+                                          const LinesTiling& tiling) {
     using W = TapsNhwc<C>;
     using Element = typename C::Element;
-    using Sum = typename W::Sum;
     constexpr unsigned kStageBytes = W::kStage * sizeof(Element);
     const TapsPlace<C> place(sizes, tiling);
     const unsigned first_position = place.part * tiling.part_rows;
@@ -48,10 +46,10 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     }
     x_own += W::kGElements * static_cast<unsigned>(sizeof(Element));
     TapsSums<C> taps;
-    TapsSegment<C> segment;
+    LinesSegment<W> segment;
     unsigned stage = 0, next_stage = (C::kStages - 1) * kStageBytes;  // in bytes
 #pragma unroll 1
-    while (segment.find(position, end_position, place, sizes, tiling)) {
+    while (segment.find(position, end_position, place, sizes, tiling, place.warp_tile)) {
         taps.begin();
         int phase = 0;
 #pragma unroll 1
@@ -65,7 +63,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
             if constexpr (W::kFlat)
                 taps.steps(g_at, x_at);
             else
-                taps.template step_of<0>(phase, g_at, x_at, step, segment, place);
+                step_in_phase<W::kLive>(phase, taps, g_at, x_at, step, segment, place);
             phase = phase + 1 == W::kLive ? 0 : phase + 1;
             next_stage = stage;
             stage = stage + kStageBytes == C::kStages * kStageBytes ? 0 : stage + kStageBytes;
@@ -73,46 +71,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     }
     wait_for_copies<0>();
 
-    // What stands at an index of the block's sums.
-    constexpr int kLanes = C::kChunks * C::kLanes;
-    const auto channel_of = [&](int index) {
-        return (static_cast<long long>(place.group) * kLanes + index % kLanes) * C::kVector +
-               index / kLanes % C::kVector;
-    };
-    const auto store = [&](int index, Sum sum) {
-        const long long channel = channel_of(index);
-        const int tap = index / (kLanes * C::kVector);
-        if (channel >= sizes.out_channels) return;
-        if (tap < W::kTaps) {
-            const int u = place.tap_a + tap % W::kTileTaps / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
-            const int depth_tap = place.depth_tap + tap / W::kTileTaps;
-            if (u < W::kFilterA && v < W::kFilterB && (C::kFilterD % C::kTapsD == 0 || depth_tap < C::kFilterD))
-                tensors.dw[(channel * C::kFilterD + depth_tap) * W::kPlaneTaps +
-                           (W::kTurned ? v * W::kFilterA + u : u * W::kFilterB + v)] = static_cast<Element>(sum);
-        } else if (tap < W::kSums && place.tap_tile == 0) {
-            tensors.db[channel] = static_cast<Element>(sum);
-        }
-    };
-    const unsigned of_grid = place.group * tiling.tap_tiles.divisor + place.tap_tile;
-    Sum* const partial =
-        static_cast<Sum*>(tensors.partial) + static_cast<unsigned long long>(of_grid) * tiling.parts * W::kCount;
-    Sum* const own = partial + static_cast<unsigned long long>(place.part) * W::kCount;
-    add_tiles<C>(taps, shared_memory<Sum>(), [&](int index, Sum sum) {
-        if (C::kRepair && !(sum - sum == Sum(0))) {
-            const long long channel = channel_of(index);
-            sum = channel < sizes.out_channels
-                      ? exact_block_sum<C>(tensors, sizes, tiling, place, first_position, end_position, channel,
-                                           index / (kLanes * C::kVector))
-                      : Sum(0);
-        }
-        if (tiling.parts == 1)
-            store(index, sum);
-        else
-            own[index] = sum;
-    });
-    if (tiling.parts > 1)
-        finish_parts<W::kThreads, W::kCount>(partial, tiling.parts, tiling.gathered, place.part, of_grid,
-                                             tensors.arrivals, shared_memory<Sum>(), store);
+    finish_lines<W>(tensors, sizes, tiling, place, first_position, end_position, taps);
 }
 
 }  // namespace dwconv
@@ -122,6 +81,8 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
 #include "config.cuh"
 
 #ifndef DWCONV_CONSTANTS  // defaults of the tile
+#undef DWCONV_CHANNELS_LAST
+#define DWCONV_CHANNELS_LAST 1
 #define DWCONV_TURNED 0
 #define DWCONV_TAPS_D 1
 #define DWCONV_TAPS_A 3
@@ -157,7 +118,7 @@ struct Config : ProblemConfig {
     static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
 };
 
-using Tiling = dwconv::TapsNhwcTiling;
+using Tiling = dwconv::LinesTiling;
 
 extern "C" __global__ void __launch_bounds__(32 * Config::kWarps, Config::kMinBlocks)
     dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,

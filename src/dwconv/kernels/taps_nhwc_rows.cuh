@@ -1,73 +1,32 @@
-// taps_nhwc_rows.cuh: what the warps of taps_nhwc march over, and how rows of x and g come to shared memory
-//   A marches along axis a (rows of the image, or columns: kTurned) and has kColumns outputs across, along axis b.
-//   With stride S and dilation D on an axis, q = gcd(S, D): outputs i and inputs r fall into D / q classes that share
-//   no products. In class c, output k is i = c + k * D/q, input m is r = c*S - P + m*D, and tap u joins them where
-//   m = k * S/q + u. So every problem is one with dilation 1, stride S/q, and inputs that lie apart.
-//   A tile of taps is kTapsA x kTapsB of them from (tap_a, tap_b) on, in kTapsD neighbouring taps of the depth from
-//   depth_tap on: as if there were no others.
-//   A line is kColumns neighbouring outputs of one class, image after image. The tiles of a block (kTiles of each of
-//   its kWarps / kChunks warps) take neighbouring lines. A super-line is as many lines as a block has tiles. A position
-//   is an output row of a super-line; a block takes part_rows of them. What it takes of one super-line is a segment; a
-//   step of it brings the row of g that is `step` outputs from the start, and the kStrideA rows of x that its first
-//   taps meet, in each of the kTapsD planes; the row of g meets kLive - 1 steps' rows of x more.
+// taps_nhwc_rows.cuh: how rows of x and g come to the shared memory of taps_nhwc's warps
+//   A lane has kColumns outputs across the march: a line. The tiles of a block, kTiles of each of its kWarps / kChunks
+//   warps, take neighbouring lines; each warp marches over its own ones (taps_lines.cuh).
 #pragma once
 #include "copies.cuh"
-#include "filter_gradients.cuh"
+#include "taps_lines.cuh"
 
 namespace dwconv {
 
-struct TapsNhwcTiling {
-    unsigned images, lines;
-    unsigned parts, part_rows, positions;
-    unsigned gathered;  // parts that one block adds up, before the last block adds up what such blocks have found
-    FastDivisor tap_tiles, chunk_groups;
-    FastDivisor rows;          // of a super-line
-    FastDivisor super_lines;   // of one class of rows
-    FastDivisor column_tiles;  // of one class of columns
-    FastDivisor depths;        // planes of an output volume; `images` are all of them
-};
-
-__host__ __device__ constexpr int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divisor(b, a % b); }
-
 template <class C>
-struct TapsNhwc {
+struct TapsNhwc : TapsLines<C, C::kChunks * C::kLanes * C::kVector, C::kTapsD, C::kVector> {
     using Element = typename C::Element;
-    using Sum = typename Accumulator<Element>::Type;
-    static constexpr bool kTurned = C::kTurned;
-    static constexpr int kFilterA = kTurned ? C::kFilterW : C::kFilterH, kFilterB = kTurned ? C::kFilterH : C::kFilterW;
-    static constexpr int kStepA = kTurned ? C::kStrideW : C::kStrideH, kStepB = kTurned ? C::kStrideH : C::kStrideW;
-    static constexpr int kPadA = kTurned ? C::kPadLeft : C::kPadTop, kPadB = kTurned ? C::kPadTop : C::kPadLeft;
-    static constexpr int kApartA = kTurned ? C::kDilationW : C::kDilationH;  // of taps, in rows of x
-    static constexpr int kApartB = kTurned ? C::kDilationH : C::kDilationW;
-    static constexpr int kClassesA = kApartA / greatest_divisor(kStepA, kApartA);
-    static constexpr int kClassesB = kApartB / greatest_divisor(kStepB, kApartB);
-    static constexpr int kStrideA = kStepA / greatest_divisor(kStepA, kApartA);  // inside a class
-    static constexpr int kStrideB = kStepB / greatest_divisor(kStepB, kApartB);
-    static constexpr int kReach = kApartA * kStrideA;  // rows of x from one step to the next one
-
-    static constexpr int kPlaneTaps = kFilterA * kFilterB;  // of one tap of the depth
-    static constexpr int kTapTilesA = ceil_div(kFilterA, C::kTapsA), kTapTilesB = ceil_div(kFilterB, C::kTapsB);
-    static constexpr int kTileTaps = C::kTapsA * C::kTapsB;      // of one tap of the depth
-    static constexpr int kLive = ceil_div(C::kTapsA, kStrideA);  // rows of g that a row of x may meet
-    static constexpr bool kFlat = C::kStageSteps > 1;            // a stage is several steps of one column
-    static constexpr int kRows = kFlat ? kStrideA : smaller(kStrideA, C::kTapsA);  // of x, in a step
+    using Base = TapsLines<C, C::kChunks * C::kLanes * C::kVector, C::kTapsD, C::kVector>;
+    static constexpr bool kFlat = C::kStageSteps > 1;                   // a stage is several steps of one column
+    static constexpr int kRows = kFlat ? Base::kStrideA : Base::kRows;  // of x, in a step
     // Columns of x that a tile reads, and those of them that are kept: of a narrow image, only those that exist.
-    static constexpr int kWindow = (C::kColumns - 1) * kStrideB + C::kTapsB;
-    static constexpr int kSkipped = C::kWidth > 0 ? kPadB : 0;
+    static constexpr int kWindow = (C::kColumns - 1) * Base::kStrideB + C::kTapsB;
+    static constexpr int kSkipped = C::kWidth > 0 ? Base::kPadB : 0;
     static constexpr int kKept = C::kWidth > 0 ? larger(1, smaller(C::kWidth, kWindow - kSkipped)) : kWindow;
     __host__ __device__ static constexpr bool has_column(int column) {
         return column >= kSkipped && column < kSkipped + kKept;
     }
 
-    static constexpr int kTiles = 32 / C::kLanes;                        // of a warp
-    static constexpr int kBlockTiles = C::kWarps / C::kChunks * kTiles;  // of a block
-    static constexpr int kChannels = C::kLanes * C::kVector;             // of a warp
-    static constexpr int kBlockChannels = C::kChunks * kChannels;        // of a block
-    static constexpr int kThreads = 32 * C::kWarps;
-    static constexpr int kTaps = C::kTapsD * kTileTaps, kSums = kTaps + (C::kHasBias ? 1 : 0);
-    static constexpr int kValues = kSums * C::kVector;  // of a thread
-    // Sums of a block, each added up over its tiles, as whole vectors of 16 bytes.
-    static constexpr int kCount = ceil_div(kValues * C::kChunks * C::kLanes, 4) * 4;
+    static constexpr int kTiles = 32 / C::kLanes;             // of a warp
+    static constexpr int kChannels = C::kLanes * C::kVector;  // of a warp
+    static constexpr int kValues = Base::kSums * C::kVector;  // of a thread
+    // What taps_lines.cuh asks for.
+    static constexpr int kLines = C::kWarps / C::kChunks * kTiles, kOwnLines = kTiles;
+    static constexpr int kLineOutputs = C::kColumns, kLinePositions = kWindow, kLead = 0;
 
     // A stage of a warp: g [steps * kColumns][kTiles][kChannels],
     // x [steps * kTapsD * kRows * kKept][kTiles][kChannels / M].
@@ -93,120 +52,24 @@ struct TapsNhwc {
                   "pieces must fill a tile's lanes");
     static_assert(C::kWarps % C::kChunks == 0, "kChunks must divide kWarps: each chunk has as many warps");
     static_assert(!kFlat || (C::kColumns == 1 && C::kTapsB == 1), "stages of several steps are of one column");
-    static_assert(!kFlat || C::kStageSteps % kLive == 0, "rows of g must be where they were after each stage");
-    static_assert(C::kTapsD == 1 || (C::kVolume && !kFlat), "only rows of volumes meet several planes of x");
-    static_assert(C::kTapsD <= 32, "which planes exist must fit in 32 bits");
-    static_assert(C::kWidth == 0 || (kTapTilesB == 1 && kApartB == 1), "kWidth is of whole filter rows");
+    static_assert(!kFlat || C::kStageSteps % Base::kLive == 0, "rows of g must be where they were after each stage");
+    static_assert(C::kTapsD == 1 || !kFlat, "stages of several steps are of one plane of x");
+    static_assert(C::kWidth == 0 || (Base::kTapTilesB == 1 && Base::kApartB == 1), "kWidth is of whole filter rows");
     static_assert(kGCopies <= 32 && kXCopies <= 32, "which pieces of a row exist must fit in 32 bits");
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");
 };
 
 // What a block, and one warp of it, works on.
 template <class C>
-struct TapsPlace {
+struct TapsPlace : LinesPlace<TapsNhwc<C>> {
     using W = TapsNhwc<C>;
-    unsigned group, tap_tile, part;   // of chunks; of taps; of positions
-    int depth_tap, tap_a, tap_b;      // the first of the tile
     unsigned chunk, warp_tile, tile;  // of the block: this warp's chunk and first tile, and its lane's tile
-    int in_a, out_a, in_b, out_b;
-    long long x_a, x_b, g_a, g_b, g_image;  // strides, in elements
 
-    __device__ __forceinline__ TapsPlace(const Sizes& sizes, const TapsNhwcTiling& tiling) {
-        const unsigned above = tiling.tap_tiles.quotient(blockIdx.x);
-        tap_tile = blockIdx.x - above * tiling.tap_tiles.divisor;
-        part = tiling.chunk_groups.quotient(above);
-        group = above - part * tiling.chunk_groups.divisor;
-        constexpr unsigned kPlaneTiles = W::kTapTilesA * W::kTapTilesB;
-        const unsigned of_plane = C::kVolume ? tap_tile % kPlaneTiles : tap_tile;
-        depth_tap = C::kVolume ? static_cast<int>(tap_tile / kPlaneTiles) * C::kTapsD : 0;
-        tap_a = static_cast<int>(of_plane / W::kTapTilesB) * C::kTapsA;
-        tap_b = static_cast<int>(of_plane % W::kTapTilesB) * C::kTapsB;
+    __device__ __forceinline__ TapsPlace(const Sizes& sizes, const LinesTiling& tiling) : LinesPlace<W>(sizes, tiling) {
         const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // tells compilers that it is uniform
         chunk = warp % C::kChunks;
         warp_tile = warp / C::kChunks * W::kTiles;
         tile = warp_tile + min(threadIdx.x % 32 / C::kLanes, W::kTiles - 1u);
-        const long long column = sizes.out_channels, row = sizes.out_w * column;
-        g_image = sizes.out_h * row;
-        in_a = static_cast<int>(W::kTurned ? sizes.in_w : sizes.in_h);
-        in_b = static_cast<int>(W::kTurned ? sizes.in_h : sizes.in_w);
-        out_a = static_cast<int>(W::kTurned ? sizes.out_w : sizes.out_h);
-        out_b = static_cast<int>(W::kTurned ? sizes.out_h : sizes.out_w);
-        x_a = W::kTurned ? sizes.x_column : sizes.x_row;
-        x_b = W::kTurned ? sizes.x_row : sizes.x_column;
-        g_a = W::kTurned ? column : row;
-        g_b = W::kTurned ? row : column;
-    }
-};
-
-// Where a line is: its image, and its first output column with the class of that.
-struct TapsLine {
-    unsigned image;
-    int column_class, first;  // column k of the line is column_class + (first + k) * classes
-
-    template <class C>
-    __device__ __forceinline__ static TapsLine find(unsigned line, const TapsNhwcTiling& tiling) {
-        constexpr unsigned kClasses = TapsNhwc<C>::kClassesB;
-        const unsigned above = tiling.column_tiles.quotient(line);
-        TapsLine found;
-        found.first = static_cast<int>(line - above * tiling.column_tiles.divisor) * C::kColumns;
-        found.image = kClasses == 1 ? above : above / kClasses;
-        found.column_class = static_cast<int>(above - found.image * kClasses);
-        return found;
-    }
-};
-
-// A run of output rows of a super-line, those that meet a row of x in the tile of taps.
-template <class C>
-struct TapsSegment {
-    using W = TapsNhwc<C>;
-    unsigned super_line;
-    int row_class;
-    int first, end, last;  // rows of g; the step after the last one
-    int base;              // the row of x that the first tap of row 0 meets
-    unsigned planes;       // volumes: a bit for each tap of the depth whose plane of x exists, for any of the lanes
-
-    // The next one from `position` on, which it moves. False where there is none; the same for all lanes of a warp.
-    __device__ __forceinline__ bool find(unsigned& position, unsigned end_position, const TapsPlace<C>& place,
-                                         const Sizes& sizes, const TapsNhwcTiling& tiling) {
-        while (position < end_position) {
-            const unsigned line = tiling.rows.quotient(position);
-            first = static_cast<int>(position - line * tiling.rows.divisor);
-            end = static_cast<int>(min(tiling.rows.divisor, first + end_position - position));
-            position += end - first;
-            const unsigned of_class = W::kClassesA == 1 ? 0 : tiling.super_lines.quotient(line);
-            row_class = static_cast<int>(of_class);
-            super_line = line - of_class * tiling.super_lines.divisor;
-            const unsigned warp_line = super_line * W::kBlockTiles + place.warp_tile;
-            if (warp_line >= tiling.lines) continue;
-            if constexpr (C::kVolume) {
-                planes = ~0u;
-                if constexpr (W::kTiles == 1) {
-                    planes = MetPlanes::find<C>(TapsLine::find<C>(warp_line, tiling).image, tiling.depths, sizes,
-                                                place.depth_tap)
-                                 .template existing<C, C::kTapsD>(sizes, place.depth_tap);
-                    if (!(C::kHasBias && place.tap_tile == 0) && planes == 0) continue;
-                }
-            }
-            base = row_class * W::kStepA - W::kPadA + place.tap_a * W::kApartA;
-            end = min(end, ceil_div(place.out_a - row_class, W::kClassesA));
-            // Steps before which all rows of x end.
-            const int x_end = place.in_a > base ? ceil_div(place.in_a - base, W::kReach) : 0;
-            if constexpr (!C::kHasBias) {
-                const int before = -base - (C::kTapsA - 1) * W::kApartA;
-                if (before > 0) first = max(first, ceil_div(before, W::kReach));
-                end = min(end, x_end);
-                if constexpr (W::kTiles == 1 && W::kTapTilesB > 1) {
-                    const TapsLine at = TapsLine::find<C>(warp_line, tiling);
-                    const int column =
-                        at.column_class * W::kStepB - W::kPadB + (place.tap_b + at.first * W::kStrideB) * W::kApartB;
-                    if (column >= place.in_b || column + (W::kWindow - 1) * W::kApartB < 0) continue;
-                }
-            }
-            if (first >= end) continue;
-            last = min(end + W::kLive - 1, C::kHasBias ? max(x_end, end) : x_end);
-            return true;
-        }
-        return false;
     }
 };
 
@@ -217,9 +80,9 @@ struct TapsCopies {
     using Element = typename C::Element;
     static constexpr unsigned kSize = sizeof(Element);
     const TapsPlace<C>& place;
-    const TapsNhwcTiling& tiling;
+    const LinesTiling& tiling;
     unsigned position, end_position;
-    TapsSegment<C> segment;
+    LinesSegment<W> segment;
     int step = 0;
     bool g_channel, x_channel;    // exist
     int g_first, x_first;         // column (or row) of the lane's first piece
@@ -235,7 +98,7 @@ struct TapsCopies {
     static constexpr bool kXAlways = 32 % C::kLanes == 0 && kXTargets % W::kXStep == 0;
 
     __device__ __forceinline__ TapsCopies(const FilterGradients<Element>& tensors, const Sizes& sizes,
-                                          const TapsPlace<C>& place_, const TapsNhwcTiling& tiling_, Element* stages,
+                                          const TapsPlace<C>& place_, const LinesTiling& tiling_, Element* stages,
                                           unsigned first, unsigned end)
         : place(place_),
           tiling(tiling_),
@@ -270,17 +133,16 @@ struct TapsCopies {
     __device__ __forceinline__ static int own_lane() { return static_cast<int>(threadIdx.x % 32 % C::kLanes); }
 
     __device__ __forceinline__ void begin(const FilterGradients<Element>& tensors, const Sizes& sizes) {
-        if (!segment.find(position, end_position, place, sizes, tiling)) {
+        if (!segment.find(position, end_position, place, sizes, tiling, place.warp_tile)) {
             segment.last = 0;  // nothing more to copy
             return;
         }
         step = segment.first;
-        const unsigned line = segment.super_line * W::kBlockTiles + place.tile;
-        const TapsLine at = TapsLine::find<C>(line, tiling);
+        const unsigned line = segment.super_line * W::kLines + place.tile;
+        const OutputLine<W> at(line, tiling);
         const bool exists = line < tiling.lines;
         const int g_column = at.column_class + at.first * W::kClassesB;
-        const int x_column =
-            at.column_class * W::kStepB - W::kPadB + (place.tap_b + at.first * W::kStrideB + W::kSkipped) * W::kApartB;
+        const int x_column = at.x_column(place.tap_b) + W::kSkipped * W::kApartB;
         const long long g_row = segment.row_class + static_cast<long long>(step) * W::kClassesA;
         const long long x_row = segment.base + static_cast<long long>(step) * W::kReach;
         const int g_lane = W::kFlat ? 0 : g_first * W::kClassesB, x_lane = W::kFlat ? 0 : x_first * W::kApartB;

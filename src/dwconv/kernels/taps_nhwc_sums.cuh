@@ -94,7 +94,7 @@ struct TapsSums {
     // One step: the row of g goes to slot Phase; each row of x meets the rows of g that the segment has.
     template <int Phase>
     __device__ __forceinline__ void step(const Element* g_at, const Element* x_at, int number,
-                                         const TapsSegment<C>& segment, const TapsPlace<C>& place) {
+                                         const LinesSegment<W>& segment, const TapsPlace<C>& place) {
         if (number < segment.end) take_row<Phase>(g_at);
         const int row = segment.base + number * W::kReach;
 #pragma unroll
@@ -122,18 +122,6 @@ struct TapsSums {
         }
     }
 
-    template <int Phase>
-    __device__ __forceinline__ void step_of(int phase, const Element* g_at, const Element* x_at, int number,
-                                            const TapsSegment<C>& segment, const TapsPlace<C>& place) {
-        if constexpr (Phase + 1 < W::kLive) {
-            if (phase != Phase) {
-                step_of<Phase + 1>(phase, g_at, x_at, number, segment, place);
-                return;
-            }
-        }
-        step<Phase>(g_at, x_at, number, segment, place);
-    }
-
     // All steps of a stage: rows that don't exist are zeros.
     template <int Step = 0>
     __device__ __forceinline__ void steps(const Element* g_at, const Element* x_at) {
@@ -152,83 +140,32 @@ struct TapsSums {
             steps<Step + 1>(g_at, x_at);
         }
     }
+
+    // Adds up the sums of the block's tiles, kSlab values of a thread at a time, and passes each to found(index, sum).
+    template <class Found>
+    __device__ __forceinline__ void finish(Sum* scratch, const Found& found) const {
+        constexpr int kLanes = C::kChunks * C::kLanes;
+#pragma unroll
+        for (int first = 0; first < W::kValues; first += C::kSlab) {
+            __syncthreads();
+#pragma unroll
+            for (int k = first; k < smaller(first + C::kSlab, W::kValues); ++k)
+                scratch[(k - first) * W::kThreads + threadIdx.x] = sums[k / C::kVector][k % C::kVector];
+            __syncthreads();
+            const int count = smaller(C::kSlab, W::kValues - first) * kLanes;
+#pragma unroll 1
+            for (int index = static_cast<int>(threadIdx.x); index < count; index += W::kThreads) {
+                const int value = index / kLanes, lane = index % kLanes;
+                const Sum* from = scratch + value * W::kThreads + lane / C::kLanes * 32 + lane % C::kLanes;
+                Sum sum = 0;
+#pragma unroll 1
+                for (int warp = 0; warp < C::kWarps / C::kChunks; ++warp)
+#pragma unroll
+                    for (int tile = 0; tile < W::kTiles; ++tile) sum += from[warp * C::kChunks * 32 + tile * C::kLanes];
+                found(first * kLanes + index, sum);
+            }
+        }
+    }
 };
-
-// A sum of the block, term by term: zeros that stand for what doesn't exist make NaNs of Infs and NaNs.
-template <class C>
-__device__ __forceinline__ typename TapsNhwc<C>::Sum exact_block_sum(
-    const FilterGradients<typename C::Element>& tensors, const Sizes& sizes, const TapsNhwcTiling& tiling,
-    const TapsPlace<C>& place, unsigned first, unsigned end, long long channel, int tap) {
-    using W = TapsNhwc<C>;
-    using Sum = typename W::Sum;
-    const bool is_bias = tap == W::kTaps;
-    const int u = place.tap_a + tap % W::kTileTaps / C::kTapsB, v = place.tap_b + tap % C::kTapsB;
-    const int depth_tap = place.depth_tap + tap / W::kTileTaps;
-    Sum sum = 0;
-#pragma unroll 1
-    for (unsigned position = first; position < end; ++position) {
-        const unsigned line_of_all = tiling.rows.quotient(position);
-        const unsigned row_class = W::kClassesA == 1 ? 0 : tiling.super_lines.quotient(line_of_all);
-        const unsigned super_line = line_of_all - row_class * tiling.super_lines.divisor;
-        const long long i =
-            row_class + static_cast<long long>(position - line_of_all * tiling.rows.divisor) * W::kClassesA;
-        const long long r = i * W::kStepA - W::kPadA + static_cast<long long>(u) * W::kApartA;
-        if (i >= place.out_a || (!is_bias && (r < 0 || r >= place.in_a))) continue;
-#pragma unroll 1
-        for (unsigned tile = 0; tile < W::kBlockTiles; ++tile) {
-            const unsigned line = super_line * W::kBlockTiles + tile;
-            if (line >= tiling.lines) break;
-            const TapsLine at = TapsLine::find<C>(line, tiling);
-            long long in_x = at.image * sizes.x_image;
-            if constexpr (C::kVolume) {
-                const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, depth_tap);
-                if (!is_bias && !met.exists) continue;
-                in_x = met.in_x(sizes);
-            }
-#pragma unroll 1
-            for (int t = 0; t < C::kColumns; ++t) {
-                const long long j = at.column_class + static_cast<long long>(at.first + t) * W::kClassesB;
-                const long long c = j * W::kStepB - W::kPadB + static_cast<long long>(v) * W::kApartB;
-                if (j >= place.out_b || (!is_bias && (c < 0 || c >= place.in_b))) continue;
-                const Sum g = static_cast<Sum>(
-                    load_one(tensors.g + at.image * place.g_image + i * place.g_a + j * place.g_b + channel));
-                sum += is_bias ? g
-                               : g * static_cast<Sum>(load_one(tensors.x + in_x + r * place.x_a + c * place.x_b +
-                                                               channel / C::kMultiplier));
-            }
-        }
-    }
-    return sum;
-}
-
-// Adds up the sums of the block's tiles, kSlab values of a thread at a time, and passes each to store(index, sum).
-// An index counts the block's lanes of channels, then values of a lane (its channels, then its taps).
-template <class C, class Store>
-__device__ __forceinline__ void add_tiles(const TapsSums<C>& taps, typename TapsNhwc<C>::Sum* shared,
-                                          const Store& store) {
-    using W = TapsNhwc<C>;
-    using Sum = typename W::Sum;
-    constexpr int kLanes = C::kChunks * C::kLanes;
-#pragma unroll
-    for (int first = 0; first < W::kValues; first += C::kSlab) {
-        __syncthreads();
-#pragma unroll
-        for (int k = first; k < smaller(first + C::kSlab, W::kValues); ++k)
-            shared[(k - first) * W::kThreads + threadIdx.x] = taps.sums[k / C::kVector][k % C::kVector];
-        __syncthreads();
-        const int count = smaller(C::kSlab, W::kValues - first) * kLanes;
-#pragma unroll 1
-        for (int index = static_cast<int>(threadIdx.x); index < count; index += W::kThreads) {
-            const int value = index / kLanes, lane = index % kLanes;
-            const Sum* from = shared + value * W::kThreads + lane / C::kLanes * 32 + lane % C::kLanes;
-            Sum sum = 0;
-#pragma unroll 1
-            for (int warp = 0; warp < C::kWarps / C::kChunks; ++warp)
-#pragma unroll
-                for (int tile = 0; tile < W::kTiles; ++tile) sum += from[warp * C::kChunks * 32 + tile * C::kLanes];
-            store(first * kLanes + index, sum);
-        }
-    }
-}
 
 }  // namespace dwconv

@@ -32,10 +32,9 @@ struct PlaneStretch {
 
 // Tile: which of the tiles of taps.
 template <class C, int Tile>
-struct TapsPlanes : TapsAxes<C> {
-    using Config = C;
+struct TapsPlanes : TapsLines<C, C::kOwn * C::kWarps> {
     using Element = typename C::Element;
-    using A = TapsAxes<C>;
+    using Base = TapsLines<C, C::kOwn * C::kWarps>;
     static_assert(sizeof(Element) == 2, "tensor cores multiply elements of 16 bits");
     static_assert(C::kImages == 8 || C::kImages == 16, "a product of matrices takes 8 or 16 images");
     static_assert(C::kOwn % C::kMultiplier == 0, "a warp has all outputs of its channels of x");
@@ -64,31 +63,28 @@ struct TapsPlanes : TapsAxes<C> {
     }
     // Whether any column of these blocks meets another one in a tap.
     __host__ __device__ static constexpr bool blocks_meet(int x_block, int g_block) {
-        const int first = 16 * x_block - A::kStepB * g_column(g_block, 7) + A::kPadB;
-        const int last = 16 * x_block + 15 - A::kStepB * g_column(g_block, 0) + A::kPadB;
-        return last >= 0 && first <= (A::kFilterB - 1) * A::kDilationB;
+        const int first = 16 * x_block - Base::kStepB * g_column(g_block, 7) + Base::kPadB;
+        const int last = 16 * x_block + 15 - Base::kStepB * g_column(g_block, 0) + Base::kPadB;
+        return last >= 0 && first <= (Base::kFilterB - 1) * Base::kDilationB;
     }
 
     // A row of x, or a pair of rows, and row j of g are so many rows of x apart: row - S * j + P, from the first tap of
     // the tile on. Each such distance has its sums; that of row u * D of x is tap u of the tile.
-    static constexpr int kTileTaps = smaller(C::kTapsA, A::kFilterA - Tile * C::kTapsA);
-    static constexpr int kBefore = A::kPadA - Tile * C::kTapsA * A::kApartA;
+    static constexpr int kTapRows = smaller(C::kTapsA, Base::kFilterA - Tile * C::kTapsA);
+    static constexpr int kBefore = Base::kPadA - Tile * C::kTapsA * Base::kApartA;
     static constexpr int kLastRow = (C::kHeight - 1) / kXRows * kXRows;
-    static constexpr int kFirstDistance = larger(1 - kXRows, kBefore - A::kStepA * (C::kOutHeight - 1));
+    static constexpr int kFirstDistance = larger(1 - kXRows, kBefore - Base::kStepA * (C::kOutHeight - 1));
     static constexpr int kLastDistance =
-        larger(kFirstDistance, smaller((kTileTaps - 1) * A::kApartA, kLastRow + kBefore));
+        larger(kFirstDistance, smaller((kTapRows - 1) * Base::kApartA, kLastRow + kBefore));
     static constexpr int kDistances = kLastDistance - kFirstDistance + 1;
     __host__ __device__ static constexpr bool is_distance(int distance) {
         return distance >= kFirstDistance && distance <= kLastDistance &&
-               (is_tap(distance, A::kApartA, kTileTaps) ||
-                (kXRows == 2 && is_tap(distance + 1, A::kApartA, kTileTaps)));
+               (is_tap(distance, Base::kApartA, kTapRows) ||
+                (kXRows == 2 && is_tap(distance + 1, Base::kApartA, kTapRows)));
     }
     static constexpr bool kBias = C::kHasBias && Tile == 0;  // is summed with the first taps
 
-    static constexpr int kThreads = 32 * C::kWarps;
-    static constexpr int kBlockChannels = C::kOwn * C::kWarps;
-    static constexpr int kXOwn = C::kOwn / C::kMultiplier;           // channels of x of a warp
-    static constexpr int kCount = up(A::kSums * kBlockChannels, 4);  // sums of a block, as whole vectors
+    static constexpr int kXOwn = C::kOwn / C::kMultiplier;  // channels of x of a warp
 
     static constexpr int kXRowBytes = 2 * C::kWidth, kGRowBytes = 2 * C::kOutWidth;
     static constexpr int kXPlaneBytes = C::kHeight * kXRowBytes, kGPlaneBytes = C::kOutHeight * kGRowBytes;

@@ -55,7 +55,7 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
             if (before < C::kStages) gates.wait_until_empty(before, before > stage);
             copies.copy(filled * W::kStageBytes, tensors, sizes);
             gates.is_filled(filled);
-            taps.template step_of<0>(phase, stage * W::kStageBytes, step, segment, place);
+            step_in_phase<W::kLive>(phase, taps, stage * W::kStageBytes, step, segment, place);
             if constexpr (!W::kReadAtOnce) gates.is_read(stage);
             phase = phase + 1 == W::kLive ? 0 : phase + 1;
             before = stage;

@@ -11,23 +11,22 @@
 namespace dwconv {
 
 template <class C>
-struct TapsSparse : TapsAxes<C> {
-    using Config = C;
+struct TapsSparse : TapsLines<C, C::kOwn * C::kWarps> {
     using Element = typename C::Element;
-    using A = TapsAxes<C>;
+    using Base = TapsLines<C, C::kOwn * C::kWarps>;
     static_assert(sizeof(Element) == 2, "tensor cores multiply elements of 16 bits");
-    static constexpr int kLines = C::kLines, kLead = 0, kLineOutputs = 8 * C::kGroups;
+    static constexpr int kLines = C::kLines, kOwnLines = kLines, kLead = 0, kLineOutputs = 8 * C::kGroups;
     static constexpr bool kLinePairs = C::kGroups == 1;
     static constexpr int kPairs = kLinePairs ? ceil_div(kLines, 2) : ceil_div(C::kGroups, 2) * kLines;
     static constexpr int kSets = ceil_div(kPairs, 8);
 
     // The window of a group of eight outputs, in chunks; and different chunks that the windows of a pair consist of.
-    static constexpr int kWindow = 7 * A::kStrideB + C::kTapsB;
+    static constexpr int kWindow = 7 * Base::kStrideB + C::kTapsB;
     static constexpr int kChunks = ceil_div(kWindow, 8);
-    static constexpr int kWords = kLinePairs ? 2 * kChunks : A::kStrideB + kChunks;
-    static constexpr int kLinePositions = kWindow + (kLineOutputs - 8) * A::kStrideB;
+    static constexpr int kWords = kLinePairs ? 2 * kChunks : Base::kStrideB + kChunks;
+    static constexpr int kLinePositions = kWindow + (kLineOutputs - 8) * Base::kStrideB;
     static constexpr int kLineChunks = ceil_div(kLinePositions, 8);
-    static constexpr int kPlanes = kLinePairs ? 2 * kLineChunks : 2 * A::kStrideB;
+    static constexpr int kPlanes = kLinePairs ? 2 * kLineChunks : 2 * Base::kStrideB;
     // Where a plane begins, in chunks; planes have a row of chunks of the lines more or less.
     static constexpr int kPlaneLines = kLinePairs ? ceil_div(kLines, 2) : kLines;
     __host__ __device__ static constexpr int plane_at(int plane) {
@@ -47,35 +46,33 @@ struct TapsSparse : TapsAxes<C> {
     static constexpr int kXChunks = furthest_word();
     // Which of the words is chunk `chunk` of the window of a pair's half.
     __host__ __device__ static constexpr int word_of(int half, int chunk) {
-        return kLinePairs ? 2 * chunk + half : half * A::kStrideB + chunk;
+        return kLinePairs ? 2 * chunk + half : half * Base::kStrideB + chunk;
     }
 
-    static constexpr int kThreads = 32 * C::kWarps;
-    static constexpr int kBlockChannels = C::kOwn * C::kWarps;
-    static constexpr int kXChannels = kBlockChannels / C::kMultiplier;
-    static constexpr int kCount = up(A::kSums * kBlockChannels, 4);  // sums of a block, as whole vectors
+    static constexpr int kXChannels = Base::kBlockChannels / C::kMultiplier;
     static_assert(C::kOwn % (2 * C::kMultiplier) == 0, "a warp has whole pairs of channels of x");
 
     // Positions of a line that can exist: all, or those inside of an image that is one line wide (kWidth).
-    static constexpr int kXFirst = C::kWidth > 0 ? A::kPadB : 0;
+    static constexpr int kXFirst = C::kWidth > 0 ? Base::kPadB : 0;
     static constexpr int kXPositions = C::kWidth > 0 ? smaller(C::kWidth, 8 * kLineChunks - kXFirst) : 8 * kLineChunks;
     static constexpr int kGPositions = C::kWidth > 0 ? C::kOutWidth : kLineOutputs;
     static_assert(kXPositions > 0 && kGPositions <= kLineOutputs, "kWidth is of images one line wide");
-    using XPieces = LinePieces<C::kXBytes, true, kLines, kXPositions, kXChannels, kThreads>;
-    using GPieces = LinePieces<C::kGBytes, true, kLines, kGPositions, kBlockChannels, kThreads>;
+    using XPieces = LinePieces<C::kXBytes, true, kLines, kXPositions, kXChannels, Base::kThreads>;
+    using GPieces = LinePieces<C::kGBytes, true, kLines, kGPositions, Base::kBlockChannels, Base::kThreads>;
 
     static constexpr int kXPitch = up(2 * kXChannels, 32, 16), kXChunkBytes = up(8 * kXPitch, 128, 32);
-    static constexpr int kGPitch = up(2 * kBlockChannels, 32, 16), kGChunkBytes = up(8 * kGPitch, 128, 32);
+    static constexpr int kGPitch = up(2 * Base::kBlockChannels, 32, 16), kGChunkBytes = up(8 * kGPitch, 128, 32);
     static constexpr int kGPlaneBytes = up(8 * kSets * kGChunkBytes, 128, 64);
-    static constexpr int kXRowBytes = kXChunks * kXChunkBytes, kGAt = A::kRows * kXRowBytes;
+    static constexpr int kXRowBytes = kXChunks * kXChunkBytes, kGAt = Base::kRows * kXRowBytes;
     static constexpr int kStageBytes = kGAt + 2 * kGPlaneBytes;
     // Behind the stages, and behind what takes their place at the end: sums of kSlab rows of taps of each warp, or of
     // the last block's threads.
     static constexpr int kSumPitch = 9, kSumsBytes = 4 * 16 * kChunks * kSumPitch * C::kSlab * C::kWarps;
-    static constexpr int kGatesAt = up(larger(C::kStages * kStageBytes, larger(kSumsBytes, 16 * (kThreads + 1))), 16);
+    static constexpr int kGatesAt =
+        up(larger(C::kStages * kStageBytes, larger(kSumsBytes, 16 * (Base::kThreads + 1))), 16);
     // What is read before copies are started: the row of g, where registers are left for it; so all, if that isn't
     // more.
-    static constexpr bool kRowAhead = C::kOwn < 8, kReadAtOnce = kRowAhead && A::kRows * kSets == 1;
+    static constexpr bool kRowAhead = C::kOwn < 8, kReadAtOnce = kRowAhead && Base::kRows * kSets == 1;
     static_assert(C::kXBytes >= 4 && C::kGBytes >= 4, "gates open for what is copied, not for what is stored");
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");
 

@@ -146,18 +146,6 @@ struct TapsSparseSums {
         }
     }
 
-    template <int Phase>
-    __device__ __forceinline__ void step_of(int phase, unsigned stage, int number, const LinesSegment<W>& segment,
-                                            const LinesPlace<W>& place) {
-        if constexpr (Phase + 1 < W::kLive) {
-            if (phase != Phase) {
-                step_of<Phase + 1>(phase, stage, number, segment, place);
-                return;
-            }
-        }
-        step<Phase>(stage, number, segment, place);
-    }
-
     // See finish_lines. `scratch` has room for kSlab rows of taps of each warp.
     template <class Found>
     __device__ __forceinline__ void finish(float* scratch, const Found& found) const {

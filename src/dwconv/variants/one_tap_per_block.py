@@ -22,7 +22,6 @@ class OneTapPerBlock(Variant):
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
         sums = problem.taps + problem.bias
-        sum_bytes = 8 if problem.element_bytes == 8 else 4
         yield Plan(
             problem=problem,
             device=device,
@@ -30,7 +29,7 @@ class OneTapPerBlock(Variant):
             constants=tuple(sorted((problem_constants(problem) | {"THREADS": THREADS}).items())),
             grid=(problem.out_channels * sums, 1, 1),
             block=(THREADS, 1, 1),
-            shared_bytes=THREADS * sum_bytes,
+            shared_bytes=THREADS * problem.sum_bytes,
             sizes=problem_sizes(problem),
             tiling=(problem.batch,),
             tile="1 sum a block",

@@ -9,14 +9,13 @@ from dataclasses import replace
 from typing import ClassVar
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
-from .base import GRID_X_LIMIT, Variant
-from .parts import gathered
-from .strips import divided, planar, too_deep, too_long, up
+from .base import Variant
+from .march import axes, march, marching_plan, unmarchable
+from .strips import divided, planar, up
 from .taps_lines_cost import Costs, seconds
 from .taps_lines_tiles import Cut, Layout, Tile, across_axis, spans
-from .taps_nhwc_tiles import axes
 
 MOST_TILES = 12  # that are worth timing, by predicted time
 MOST_PIECES = 32  # that a thread copies of a row: a bit says of each whether it exists
@@ -76,37 +75,26 @@ class LinesVariant(Variant):
         shared_bytes = up(max(in_stages, slab * tap_row, 16 * threads + 16), 16) + tile.stages * layout.gate_bytes
         if shared_bytes > limit:
             return f"its rows take {shared_bytes} bytes of shared memory, more than {limit}"
-        column_tiles = divided(divided(across.out, across.classes), 8 * tile.groups)
-        lines = problem.batch * across.classes * column_tiles
-        super_lines = divided(max(1, lines), tile.lines)
-        line_rows = divided(along.out, along.classes)
-        positions = along.classes * super_lines * line_rows
-        groups = divided(problem.out_channels, tile.channels)
-        tap_tiles = depth_taps * divided(along.filter, tile.taps[0]) * divided(across.filter, tile.taps[1])
         resident = max(1, min(tile.min_blocks, device.shared_bytes // (shared_bytes + 1024), device.threads // threads))
-        per_group = max(1, device.multiprocessors * resident // (groups * tap_tiles))
-        # At least a few rows: the first ones of a part are read twice.
-        part_rows = max(divided(positions, per_group), min(positions, line_rows, max(2, live)))
-        if part_rows > line_rows:  # whole super-lines where that costs little
-            whole = up(part_rows, line_rows)
-            part_rows = whole if whole <= 1.1 * part_rows else part_rows
         return Cut(
             layout=layout,
             live=live,
             rows=rows,
-            column_tiles=column_tiles,
             shared_bytes=shared_bytes,
             slab=slab,
             count=up((tile.taps[0] * tile.taps[1] + problem.bias) * tile.channels, 4),
-            groups=groups,
-            tap_tiles=tap_tiles,
-            lines=lines,
-            super_lines=super_lines,
-            line_rows=line_rows,
-            positions=positions,
             resident=resident,
-            parts=divided(positions, part_rows),
-            part_rows=part_rows,
+            march=march(
+                problem.batch,
+                along,
+                across,
+                line_outputs=8 * tile.groups,
+                lines=tile.lines,
+                groups=divided(problem.out_channels, tile.channels),
+                tap_tiles=depth_taps * divided(along.filter, tile.taps[0]) * divided(across.filter, tile.taps[1]),
+                least_rows=max(2, live),
+                slots=device.multiprocessors * resident,
+            ),
         )
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
@@ -115,26 +103,17 @@ class LinesVariant(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
-        planes = planar(problem)
-        depth_taps, depths = (problem.filter[0], problem.out_size[0]) if problem.dims == 3 else (1, 1)
+        planes, depth_taps = planar(problem), problem.filter[0] if problem.dims == 3 else 1
         if device.sm < FIRST_ARCHITECTURE:
             return rejected(f"tensor cores of {device.arch} have no such product")
-        if reason := too_deep(problem) or too_long(planes):
+        if reason := unmarchable(problem, planes):
             return rejected(reason)
-        if max(planes.size) + max(map(max, planes.padding)) >= 2**29 or max(planes.stride + planes.dilation) >= 2**12:
-            return rejected("rows and taps are too far apart for 32-bit numbers")
         if max(spans(problem, tile)) >= 2**31:
             return rejected(f"{tile.lines} lines span more than 2**31 elements")
         one = self.cut(planes, device, tile, depth_taps)
         if isinstance(one, str):
             return rejected(one)
-        blocks = one.groups * one.tap_tiles * one.parts
-        if blocks > GRID_X_LIMIT or max(one.positions, one.lines, blocks) + one.part_rows >= 2**31:
-            return rejected("there are too many rows to number them in 31 bits")
-        of_gatherer, _ = gathered(one.count // 4, 32 * tile.warps, one.parts)
-        gatherers = divided(one.parts, of_gatherer)
-        divisors = one.tap_tiles, one.groups, one.line_rows, one.super_lines, one.column_tiles, depths
-        constants = problem_constants(problem) | {
+        constants = {
             "TURNED": int(tile.turned),
             "TAPS_A": tile.taps[0],
             "TAPS_B": tile.taps[1],
@@ -155,26 +134,15 @@ class LinesVariant(Variant):
         }
         if problem.layout == "channels_first":
             constants["LEAD"] = one.layout.lead
-        return Plan(
-            problem=problem,
-            device=device,
-            variant=self.stem,
-            constants=tuple(sorted(constants.items())),
-            grid=(blocks, 1, 1),
-            block=(32 * tile.warps, 1, 1),
+        return marching_plan(
+            self.stem,
+            problem,
+            device,
+            one.march,
+            f"{tile}, {one.march.parts} parts of {one.march.part_rows} rows",
+            constants,
+            warps=tile.warps,
             shared_bytes=one.shared_bytes,
-            sizes=problem_sizes(problem),
-            tiling=(
-                planes.batch,
-                one.lines,
-                one.parts,
-                one.part_rows,
-                one.positions,
-                of_gatherer,
-                *(field for divisor in divisors for field in fast_divisor(divisor)),
-            ),
-            tile=f"{tile}, {one.parts} parts of {one.part_rows} rows",
+            count=one.count,
             predicted_seconds=seconds(planes, device, tile, one, self.costs),
-            partial_bytes=blocks * one.count * 4 if one.parts > 1 else 0,
-            arrivals=one.groups * one.tap_tiles * (1 if gatherers == 1 else gatherers + 1) if one.parts > 1 else 0,
         )

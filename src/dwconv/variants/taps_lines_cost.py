@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
+from .march import axes, reached
 from .parts import gathered
 from .strips import divided
 from .taps_lines_tiles import Cut, Tile
-from .taps_nhwc_cost import l1_bytes, reached
-from .taps_nhwc_tiles import axes
 
 NORM = 3  # times beside each other take the norm of them, of this order
 
@@ -60,23 +59,23 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut,
     step = products * costs.product + one.rows * layout.loads[0] + layout.loads[1]
     step += costs.piece * pieces + costs.step
     wavefronts = one.rows * layout.wavefronts[0] + layout.wavefronts[1] + costs.copy_clocks * pieces
-    segments = max(1.0, one.part_rows / one.line_rows)
-    steps = one.part_rows + segments * (one.live - 1) * 0.5
-    of_multiprocessor = divided(one.groups * one.tap_tiles * one.parts, device.multiprocessors)
+    segments = max(1.0, one.march.part_rows / one.march.line_rows)
+    steps = one.march.part_rows + segments * (one.live - 1) * 0.5
+    of_multiprocessor = divided(one.march.blocks, device.multiprocessors)
     full, rest = divmod(of_multiprocessor, one.resident)
     warps = of_multiprocessor * tile.warps
     instructions = steps * step + segments * costs.segment
     issue = instructions * (warps + costs.idle_warps * (full + bool(rest))) / 4 / device.clock
     tensor = steps * products * warps * costs.tensor_clocks / device.clock
     shared = steps * wavefronts * warps / device.clock
-    l2 = problem.least_bytes * one.tap_tiles / (costs.l2_bytes * device.multiprocessors * device.clock)
+    l2 = problem.least_bytes * one.march.tap_tiles / (costs.l2_bytes * device.multiprocessors * device.clock)
     dram = problem.least_bytes / (device.dram_gbs * 1e9)
     flying = min(one.resident, of_multiprocessor) * (tile.stages - 1) * layout.flying_bytes
     together = min(128.0, layout.together_bytes)
     if tile.cached:
         lines = max(1.0, flying * 128 / together)
         dram *= 1.0 + costs.narrow * math.log2(128 / together)
-        kept = l1_bytes(device, one.resident, one.shared_bytes)
+        kept = device.l1_beside(one.resident * (one.shared_bytes + 1024))
         dram *= 1.0 + costs.thrash * max(0.0, math.log2(lines / kept))
     else:
         dram *= 1.0 + costs.past + costs.past_narrow * math.log2(128 / together)
@@ -87,6 +86,6 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut,
     if min(layout.x_bytes, layout.g_bytes) == 2:  # a thread waits for such copies
         body += waits
     last = 0.0
-    if one.parts > 1:
-        last = costs.parts + costs.round * gathered(one.count // 4, 32 * tile.warps, one.parts)[1]
+    if one.march.parts > 1:
+        last = costs.parts + costs.round * gathered(one.count // 4, 32 * tile.warps, one.march.parts)[1]
     return LAUNCH_SECONDS + costs.start + body + last

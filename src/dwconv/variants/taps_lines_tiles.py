@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
+from .march import Axis, March, axes
 from .strips import divided, up
-from .taps_nhwc_tiles import Axis, axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,32 +91,20 @@ class Cut:
     Attributes:
         layout: of its rows in shared memory.
         live: rows of g that a row of x may meet; rows: of x, in a step.
-        column_tiles: of one class of columns.
         shared_bytes: of a block; slab: rows of taps of a warp that are in shared memory at the end.
         count: sums of a block, as whole vectors.
-        groups: of channels; tap_tiles: tiles of taps.
-        lines, super_lines: of one class of rows; line_rows: positions of a super-line.
-        positions: of all super-lines.
         resident: blocks that a multiprocessor holds.
-        parts, part_rows: blocks of a group and tile of taps; positions of each.
+        march: how blocks share the problem.
     """
 
     layout: Layout
     live: int
     rows: int
-    column_tiles: int
     shared_bytes: int
     slab: int
     count: int
-    groups: int
-    tap_tiles: int
-    lines: int
-    super_lines: int
-    line_rows: int
-    positions: int
     resident: int
-    parts: int
-    part_rows: int
+    march: March
 
 
 def across_axis(problem: DepthwiseProblem, turned: bool) -> Axis:

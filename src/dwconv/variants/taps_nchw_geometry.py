@@ -9,7 +9,7 @@ from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .banks import banked
 from .strips import divided, planar, up
-from .taps_nchw_layout import Geometry, Pitches, Tile, read_widths, registers, shared_bytes, sum_bytes
+from .taps_nchw_layout import Geometry, Pitches, Tile, read_widths, registers, shared_bytes
 
 SHORT_LINE = 1024  # bytes: shorter lines come through L1, for the sectors that two of them share
 MOST_PARTIAL = 1 << 26  # bytes
@@ -236,7 +236,7 @@ def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry:
         # a full wave runs at the rate of the whole device; a block starts and ends at the cost of half a stage or so
         full, rest = divmod(rounds, 1)
         cost = (full + (0 if rest < 1e-9 else max(rest, 0.6))) * (each + 1.0) + 0.02 * parts
-        if cost < least and geometry.groups * parts * outputs * sum_bytes(problem) <= MOST_PARTIAL:
+        if cost < least and geometry.groups * parts * outputs * problem.sum_bytes <= MOST_PARTIAL:
             best, least = parts, cost
     each = divided(geometry.units, best)
     parts = divided(geometry.units, each)
@@ -244,5 +244,5 @@ def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry:
     return replace(
         found,
         shared_bytes=shared_bytes(problem, tile, found),
-        partial_bytes=geometry.groups * parts * outputs * sum_bytes(problem) if parts > 1 else 0,
+        partial_bytes=geometry.groups * parts * outputs * problem.sum_bytes if parts > 1 else 0,
     )

@@ -116,10 +116,6 @@ class Geometry:
     read_clocks: tuple[int, int] = (1, 1)
 
 
-def sum_bytes(problem: DepthwiseProblem) -> int:
-    return max(4, problem.element_bytes)
-
-
 def read_widths(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
     """Elements of x, of g, that every read of a tile's row finds aligned in shared memory."""
     most = min(16, problem.aligned) // problem.element_bytes
@@ -165,7 +161,7 @@ def shared_bytes(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> i
     quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
     of_block = min(sums, AT_ONCE) * _each_sum(problem, tile, geometry)
     of_parts = quantities * sums * divided(geometry.parts, 8)
-    scratch = (geometry.scratch + max(of_block, of_parts)) * sum_bytes(problem)
+    scratch = (geometry.scratch + max(of_block, of_parts)) * problem.sum_bytes
     return max(2 * geometry.stage_elements * problem.element_bytes, up(scratch, 16))
 
 
@@ -179,5 +175,5 @@ def _each_sum(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
 def at_once(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
     """Sums of each thread that are added up at once: as few times as there is room for, alike many each time."""
     sums = tile.taps + problem.bias
-    room = geometry.shared_bytes // sum_bytes(problem) - geometry.scratch
+    room = geometry.shared_bytes // problem.sum_bytes - geometry.scratch
     return divided(sums, divided(sums, room // _each_sum(problem, tile, geometry)))

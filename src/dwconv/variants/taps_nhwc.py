@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
-from .base import GRID_X_LIMIT, Variant
-from .strips import divided, planar, too_deep, too_long
-from .taps_nhwc_cost import gathered, reached, seconds
-from .taps_nhwc_tiles import LARGE, Tile, axes, cut, piece_bytes, sum_bytes, tiles
+from .base import Variant
+from .march import axes, marching_plan, reached, unmarchable
+from .strips import planar
+from .taps_nhwc_cost import seconds
+from .taps_nhwc_tiles import LARGE, Tile, cut, piece_bytes, tiles
 
 MOST_TILES = 14  # that are worth timing, by predicted time
 MOST_SHAPES = 6  # that are offered with fewer stages, too
@@ -52,7 +53,7 @@ class TapsNhwc(Variant):
             if along.filter > max(LARGE, tile.taps[0]) and reached(along) < UNEVEN and problem.element_bytes > 2:
                 waves = replace(tile, waves=WAVES)
                 several, one = (cut(planes, device, each, depth_taps) for each in (waves, tile))
-                if several and one and several.parts > one.parts:
+                if several and one and several.march.parts > one.march.parts:
                     consider(waves)
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
             if min(piece_bytes(planes, tile) or (0,)) == 16:
@@ -80,12 +81,9 @@ class TapsNhwc(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
-        planes = planar(problem)
-        depth_taps, depths = (problem.filter[0], problem.out_size[0]) if problem.dims == 3 else (1, 1)
-        if reason := too_deep(problem) or too_long(planes):
+        planes, depth_taps = planar(problem), problem.filter[0] if problem.dims == 3 else 1
+        if reason := unmarchable(problem, planes):
             return rejected(reason)
-        if max(planes.size) + max(map(max, planes.padding)) >= 2**29 or max(planes.stride + planes.dilation) >= 2**12:
-            return rejected("rows and taps are too far apart for 32-bit numbers")
         if problem.multiplier > 1 and (tile.vector > 1 or tile.lanes % problem.multiplier):
             return rejected(f"{tile.lanes} lanes are no whole groups of {problem.multiplier} outputs of a channel")
         pieces = piece_bytes(planes, tile)
@@ -94,13 +92,7 @@ class TapsNhwc(Variant):
         one = cut(planes, device, tile, depth_taps)
         if one is None:
             return rejected(f"the rows of a block take more than {device.shared_bytes - 1024} bytes")
-        blocks = one.groups * one.tap_tiles * one.parts
-        if blocks > GRID_X_LIMIT or max(one.positions, one.lines, blocks) + one.part_rows >= 2**31:
-            return rejected("there are too many rows to number them in 31 bits")
-        of_gatherer, _ = gathered(problem, tile, one)
-        gatherers = divided(one.parts, of_gatherer)
-        counters = 1 if gatherers == 1 else gatherers + 1
-        constants = problem_constants(problem) | {
+        constants = {
             "TURNED": int(tile.turned),
             "TAPS_D": tile.depth_taps,
             "TAPS_A": tile.taps[0],
@@ -121,37 +113,15 @@ class TapsNhwc(Variant):
             "REPAIR": 1,
             "VOLUME": int(problem.dims == 3),
         }
-        return Plan(
-            problem=problem,
-            device=device,
-            variant=self.stem,
-            constants=tuple(sorted(constants.items())),
-            grid=(blocks, 1, 1),
-            block=(32 * tile.warps, 1, 1),
+        return marching_plan(
+            self.stem,
+            problem,
+            device,
+            one.march,
+            f"{tile}, {one.march.parts} parts of {one.march.part_rows} rows",
+            constants,
+            warps=tile.warps,
             shared_bytes=one.shared_bytes,
-            sizes=problem_sizes(problem),
-            tiling=(
-                planes.batch,
-                one.lines,
-                one.parts,
-                one.part_rows,
-                one.positions,
-                of_gatherer,
-                *(
-                    field
-                    for divisor in (
-                        one.tap_tiles,
-                        one.groups,
-                        one.line_rows,
-                        one.super_lines,
-                        one.column_tiles,
-                        depths,
-                    )
-                    for field in fast_divisor(divisor)
-                ),
-            ),
-            tile=f"{tile}, {one.parts} parts of {one.part_rows} rows",
+            count=one.count,
             predicted_seconds=seconds(planes, device, tile, one),
-            partial_bytes=blocks * one.count * sum_bytes(problem) if one.parts > 1 else 0,
-            arrivals=one.groups * one.tap_tiles * counters if one.parts > 1 else 0,
         )

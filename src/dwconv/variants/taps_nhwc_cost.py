@@ -1,4 +1,4 @@
-"""What the tiles of taps_nhwc cost: predicted times, and how the last blocks share their additions."""
+"""What the tiles of taps_nhwc cost: predicted times."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from functools import lru_cache
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
+from .march import Axis, axes, reached
+from .parts import gathered
 from .strips import divided
-from .taps_nhwc_tiles import Axis, Cut, Tile, axes, piece_bytes, sum_bytes
+from .taps_nhwc_tiles import Cut, Tile, piece_bytes
 
 # Constants of the model: fitted to 961 tiles of 92 problems (H200, 2026-11).
 READ, COPY, TAP_ROW, SEGMENT = 1.8, 8.0, 10.0, 400.0  # instructions of a warp
@@ -27,58 +29,6 @@ LAST_WAVE = 0.4  # of a block: what a multiprocessor waits for others in the end
 FEWER_STAGES = 0.015  # more time for each stage less than four: warps wait for one another's copies more
 START, PARTS = 2.3e-6, 3.2e-6  # beside the launch; to leave parts, and find the last block
 ROUND = 0.57e-6  # of loads of parts
-AHEAD = 8  # parts whose loads are in flight: kAhead of finish_filter_gradients
-L1_SIZES = (8, 16, 32, 64, 100, 132, 164, 196, 228)  # KiB of shared memory that may be split off 256 KiB
-
-
-def rounds(problem: DepthwiseProblem, tile: Tile, one: Cut, parts: int) -> int:
-    """How often a block that adds up `parts` waits for loads."""
-    vectors, threads = one.count * sum_bytes(problem) // 16, 32 * tile.warps
-    slices = min(threads // vectors, parts) if vectors < threads else 1
-    return divided(divided(parts, slices), AHEAD) * divided(vectors, threads)
-
-
-def gathered(problem: DepthwiseProblem, tile: Tile, one: Cut) -> tuple[int, int]:
-    """Parts that a block adds up before the last one adds up what such blocks found, and rounds of both.
-
-    >>> from dwconv.device import H200
-    >>> from dwconv.variants.taps_nhwc_tiles import cut
-    >>> problem = DepthwiseProblem(128, 72, (56, 56), (5, 5), direction="grad_weight", layout="channels_last")
-    >>> tile = Tile(False, (5, 5), 7, 32, 1, warps=9, chunks=3)
-    >>> one = cut(problem, H200, tile)
-    >>> one.parts, rounds(problem, tile, one, one.parts), gathered(problem, tile, one)
-    (132, 51, (8, 15))
-    """
-    at_once = rounds(problem, tile, one, one.parts)
-    if at_once <= 6:
-        return one.parts, at_once
-    vectors = one.count * sum_bytes(problem) // 16
-    slices = max(1, 32 * tile.warps // vectors)
-    sizes = [size for k in (1, 2, 3, 4) if 1 < (size := AHEAD * slices * k) < one.parts]
-
-    def both(size: int) -> int:
-        twice = rounds(problem, tile, one, size) + rounds(problem, tile, one, divided(one.parts, size))
-        return twice + 3  # to find the last block once more
-
-    best = min(sizes, key=both, default=one.parts)
-    return (best, both(best)) if best < one.parts and both(best) < at_once else (one.parts, at_once)
-
-
-@lru_cache(maxsize=256)
-def reached(axis: Axis) -> float:
-    """The share of pairs of outputs and taps that meet an input.
-
-    >>> reached(axes(DepthwiseProblem(1, 8, (7, 7), (13, 13), padding=((6, 6), (6, 6))), False)[0])
-    0.5384615384615384
-    """
-    step = axis.stride * axis.apart // axis.classes if axis.classes else axis.stride
-    sampled = range(0, axis.out, max(1, axis.out // 64))
-    inside = 0
-    for i in sampled:
-        first = i * step - axis.padding
-        lowest = max(0, -(first // axis.apart) if first < 0 else 0)
-        inside += max(0, min(axis.filter - 1, (axis.size - 1 - first) // axis.apart) - lowest + 1)
-    return inside / (len(sampled) * axis.filter)
 
 
 @lru_cache(maxsize=256)
@@ -115,7 +65,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * x_rows
     fma = products * tile.depth_taps * tile.taps[0] * tile.vector * min(1.0, along.size / (along.out * along.stride))
     share = 1.0  # of rows that are marched over
-    if one.tap_tiles > 1 or along.filter > along.out:
+    if one.march.tap_tiles > 1 or along.filter > along.out:
         share = marched(along, tile.taps[0])
         even = along.filter == tile.taps[0] or tile.waves > 1
         fma *= min(1.0, reached(along) * (1.0 if even else 1.1) / share)
@@ -127,10 +77,10 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
         0 if flat else TAP_ROW * one.live * (1 + DEPTH_TAP * (tile.depth_taps - 1))
     )
     step += problem.bias * tile.columns * tile.vector
-    segments = max(1.0, one.part_rows / one.line_rows)
-    steps = one.part_rows * share + segments * (one.live - 1) * (1.0 if flat else 0.4)
+    segments = max(1.0, one.march.part_rows / one.march.line_rows)
+    steps = one.march.part_rows * share + segments * (one.live - 1) * (1.0 if flat else 0.4)
     block = steps * step + segments * SEGMENT + 8 * one.values
-    blocks = one.groups * one.tap_tiles * one.parts
+    blocks = one.march.blocks
     of_multiprocessor = float(divided(blocks, device.multiprocessors))
     if tile.waves > 1:  # whoever is ready takes the next block
         of_multiprocessor = max(1.0, blocks / device.multiprocessors + LAST_WAVE)
@@ -140,7 +90,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     shared = steps * loads * LOAD_CLOCKS * warps / device.clock
 
     elements = math.prod(problem.y_shape) * (1.0 + (loads / tile.columns - 1.0) / problem.multiplier)
-    l2 = elements * problem.element_bytes * one.tap_tiles / (L2_BYTES * device.multiprocessors * device.clock)
+    l2 = elements * problem.element_bytes * one.march.tap_tiles / (L2_BYTES * device.multiprocessors * device.clock)
     chunk = tile.lanes * word
     together = chunk if chunk < problem.out_channels * problem.element_bytes else chunk * tile.columns
     dram = problem.least_bytes / (device.dram_gbs * 1e9) * (1.0 + NARROW * math.log2(128 / min(128, together)))
@@ -148,21 +98,15 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     flying = min(one.resident, of_multiprocessor) * tile.warps * (tile.stages - 1) * one.stage_bytes
     if through_l1:  # which has a line of 128 bytes for each piece in flight
         lines = max(1, flying) * 128 // min(128, together)
-        dram *= 1.0 + THRASH * max(
-            0.0, math.log2(lines / (LINES_KEPT * l1_bytes(device, one.resident, one.shared_bytes)))
-        )
+        kept = LINES_KEPT * device.l1_beside(one.resident * (one.shared_bytes + 1024))
+        dram *= 1.0 + THRASH * max(0.0, math.log2(lines / kept))
     else:
         dram *= 1.0 + PAST_NARROW * math.log2(128 / min(128, chunk))
     dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
     body = float((dram**3 + issue**3 + shared**3 + l2**3) ** (1 / 3))
-    body *= 1.0 + (AGAIN if through_l1 and one.tap_tiles > TILES_AGAIN else 0.0)
+    body *= 1.0 + (AGAIN if through_l1 and one.march.tap_tiles > TILES_AGAIN else 0.0)
     body *= 1.0 + FEWER_STAGES * max(0, 4 - tile.stages)
-    last = PARTS + ROUND * gathered(problem, tile, one)[1] if one.parts > 1 else 0.0
+    vectors = one.count * problem.sum_bytes // 16
+    several = one.march.parts > 1
+    last = PARTS + ROUND * gathered(vectors, 32 * tile.warps, one.march.parts)[1] if several else 0.0
     return LAUNCH_SECONDS + START + (0.0 if through_l1 else PAST_START) + body + last
-
-
-def l1_bytes(device: DeviceSpec, resident: int, shared_bytes: int) -> int:
-    """What L1 has beside the resident blocks' shared memory, of which there are a few sizes."""
-    taken = resident * (shared_bytes + 1024)
-    largest = device.shared_bytes + 28 * 1024
-    return largest - min((k * 1024 for k in L1_SIZES if taken <= k * 1024 <= device.shared_bytes), default=taken)

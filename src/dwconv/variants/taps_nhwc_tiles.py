@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
+from .march import March, axes, march
 from .strips import divided, up
 
 NARROW = 28  # columns: the kernel is compiled for images up to this wide, and leaves products with padding out
@@ -62,88 +62,30 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
-    """One axis of a problem: along the march, or across. Sizes in elements.
-
-    Attributes:
-        classes: of outputs that share no products, each with inputs of its own.
-        stride: of inputs inside a class, where taps are neighbours.
-    """
-
-    size: int
-    out: int
-    filter: int
-    padding: int
-    apart: int
-    classes: int
-    stride: int
-
-
-def axes(problem: DepthwiseProblem, turned: bool) -> tuple[Axis, Axis]:
-    """The axis of the march, and the one across.
-
-    >>> problem = DepthwiseProblem(1, 8, (9, 33), (3, 3), stride=(1, 2), dilation=(1, 6), direction="grad_weight")
-    >>> axes(problem, False)[1].classes, axes(problem, False)[1].stride
-    (3, 1)
-    """
-
-    def axis(k: int) -> Axis:
-        stride, dilation = problem.stride[k], problem.dilation[k]
-        common = math.gcd(stride, dilation)
-        return Axis(
-            problem.size[k],
-            problem.out_size[k],
-            problem.filter[k],
-            problem.padding[k][0],
-            dilation,
-            dilation // common,
-            stride // common,
-        )
-
-    return (axis(1), axis(0)) if turned else (axis(0), axis(1))
-
-
-@dataclass(frozen=True, slots=True)
 class Cut:
     """What a tile means for a problem; the kernel's TapsNhwc computes the same.
 
     Attributes:
         live: rows of g that a row of x may meet; rows: of x, in a step.
         kept: columns of x in shared memory; width: of the image, where it is compiled in, else 0.
-        column_tiles: of one class of columns.
         stage_bytes, shared_bytes: of a warp; of a block.
         values: sums of a lane; slab: of them that are in shared memory at a time.
         count: sums of a block, as whole vectors.
-        groups: chunk groups; tap_tiles: tiles of taps.
-        lines, super_lines: of one class of rows; line_rows: positions of a super-line.
-        positions: of all super-lines.
         resident: blocks that a multiprocessor holds.
-        parts, part_rows: blocks of a group and tile of taps; positions of each.
+        march: how blocks share the problem; its groups are of chunks.
     """
 
     live: int
     rows: int
     kept: int
     width: int
-    column_tiles: int
     stage_bytes: int
     shared_bytes: int
     values: int
     slab: int
     count: int
-    groups: int
-    tap_tiles: int
-    lines: int
-    super_lines: int
-    line_rows: int
-    positions: int
     resident: int
-    parts: int
-    part_rows: int
-
-
-def sum_bytes(problem: DepthwiseProblem) -> int:
-    return 8 if problem.dtype == "float64" else 4
+    march: March
 
 
 def piece_bytes(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int] | None:
@@ -173,9 +115,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     live = divided(tile.taps[0], along.stride)
     rows = along.stride if flat else min(along.stride, tile.taps[0])
     window = (tile.columns - 1) * across.stride + tile.taps[1]
-    class_columns = divided(across.out, across.classes)
-    column_tiles = divided(class_columns, tile.columns)
-    narrow = across.size <= NARROW and column_tiles == 1 and tile.taps[1] == across.filter and across.apart == 1
+    one_line = divided(across.out, across.classes) <= tile.columns
+    narrow = one_line and across.size <= NARROW and tile.taps[1] == across.filter and across.apart == 1
     narrow = narrow and across.padding < window and not flat
     kept = max(1, min(across.size, window - across.padding)) if narrow else window
 
@@ -186,7 +127,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     stage_bytes = region(tile.stage_steps * tile.columns, pitch)
     stage_bytes += region(tile.stage_steps * tile.depth_taps * rows * kept, pitch // problem.multiplier)
     values = (tile.depth_taps * tile.taps[0] * tile.taps[1] + problem.bias) * tile.vector
-    threads, of_sum = 32 * tile.warps, sum_bytes(problem)
+    threads, of_sum = 32 * tile.warps, problem.sum_bytes
     limit = device.shared_bytes - 1024
     in_stages = max(tile.warps * tile.stages * stage_bytes, 16 * threads + 16)
     if in_stages > limit:
@@ -196,41 +137,30 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     slab = max(1, min(values, fitting))
     shared_bytes = up(max(in_stages, slab * threads * of_sum), 16)
 
-    block_tiles = tile.warps // tile.chunks * warp_tiles
-    lines = problem.batch * across.classes * column_tiles
-    super_lines = divided(max(1, lines), block_tiles)
-    line_rows = divided(along.out, along.classes)
-    positions = along.classes * super_lines * line_rows
-    groups = divided(divided(problem.out_channels, channels), tile.chunks)
     resident = max(1, min(tile.min_blocks, device.shared_bytes // (shared_bytes + 1024), device.threads // threads))
-    slots = device.multiprocessors * resident
-    per_group = max(1, tile.waves * slots // (groups * tap_tiles))
-    # At least a few rows: the first ones of a part are read twice.
-    part_rows = max(divided(positions, per_group), min(positions, line_rows, max(2, live)))
-    if tile.waves > 1:  # there are enough parts for whole super-lines
-        part_rows = max(line_rows, part_rows // line_rows * line_rows)
-    whole = up(part_rows, line_rows)  # super-lines, where that costs little
-    part_rows = whole if whole <= 1.1 * part_rows else part_rows
     return Cut(
         live=live,
         rows=rows,
         kept=kept,
         width=across.size if narrow else 0,
-        column_tiles=column_tiles,
         stage_bytes=stage_bytes,
         shared_bytes=shared_bytes,
         values=values,
         slab=slab,
         count=up(values * tile.chunks * tile.lanes, 4),
-        groups=groups,
-        tap_tiles=tap_tiles,
-        lines=lines,
-        super_lines=super_lines,
-        line_rows=line_rows,
-        positions=positions,
         resident=resident,
-        parts=divided(positions, part_rows),
-        part_rows=part_rows,
+        march=march(
+            problem.batch,
+            along,
+            across,
+            line_outputs=tile.columns,
+            lines=tile.warps // tile.chunks * warp_tiles,
+            groups=divided(divided(problem.out_channels, channels), tile.chunks),
+            tap_tiles=tap_tiles,
+            least_rows=max(2, live),
+            slots=tile.waves * device.multiprocessors * resident,
+            whole_lines=tile.waves > 1,
+        ),
     )
 
 

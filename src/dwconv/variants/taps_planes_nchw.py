@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from . import taps_lines
-from .base import GRID_X_LIMIT, Variant
+from .base import Variant
+from .march import March, marching_plan
 from .parts import gathered
 from .strips import divided, up
 from .taps_lines import FIRST_ARCHITECTURE
@@ -150,12 +151,10 @@ class TapsPlanesNchw(Variant):
         one = unfit(problem, device) or cut(problem, device, tile)
         if isinstance(one, str):
             return Rejection(self.stem, str(tile), one)
-        blocks, rows = one.tap_tiles * one.groups * one.parts, problem.out_size[0]
-        if blocks > GRID_X_LIMIT or (one.stages + one.part_stages) * max(rows, tile.images) >= 2**31:
+        rows = problem.out_size[0]
+        if (one.stages + one.part_stages) * max(rows, tile.images) >= 2**31:
             return Rejection(self.stem, str(tile), "there are too many rows to number them in 31 bits")
-        of_gatherer, _ = gathered(one.count // 4, 32 * tile.warps, one.parts)
-        gatherers = divided(one.parts, of_gatherer)
-        constants = problem_constants(problem) | {
+        constants = {
             "HEIGHT": problem.size[0],
             "WIDTH": problem.size[1],
             "OUT_HEIGHT": rows,
@@ -169,30 +168,28 @@ class TapsPlanesNchw(Variant):
             "SLAB": one.slab,
             "REPAIR": 1,
         }
-        # LinesTiling: a line is an image, a super-line a stage.
-        divisors = one.tap_tiles, one.groups, rows, one.stages, 1, 1
-        return Plan(
-            problem=problem,
-            device=device,
-            variant=self.stem,
-            constants=tuple(sorted(constants.items())),
-            grid=(blocks, 1, 1),
-            block=(32 * tile.warps, 1, 1),
+        shared = March(  # a line is an image, a super-line a stage
+            tap_tiles=one.tap_tiles,
+            groups=one.groups,
+            column_tiles=1,
+            lines=problem.batch,
+            super_lines=one.stages,
+            line_rows=rows,
+            positions=one.stages * rows,
+            parts=one.parts,
+            part_rows=one.part_stages * rows,
+        )
+        return marching_plan(
+            self.stem,
+            problem,
+            device,
+            shared,
+            f"{tile}, {one.parts} parts of {one.part_stages} stages",
+            constants,
+            warps=tile.warps,
             shared_bytes=one.shared_bytes,
-            sizes=problem_sizes(problem),
-            tiling=(
-                problem.batch,
-                problem.batch,
-                one.parts,
-                one.part_stages * rows,
-                one.stages * rows,
-                of_gatherer,
-                *(field for divisor in divisors for field in fast_divisor(divisor)),
-            ),
-            tile=f"{tile}, {one.parts} parts of {one.part_stages} stages",
+            count=one.count,
             predicted_seconds=seconds(problem, device, tile, one),
-            partial_bytes=blocks * one.count * 4 if one.parts > 1 else 0,
-            arrivals=one.groups * one.tap_tiles * (1 if gatherers == 1 else gatherers + 1) if one.parts > 1 else 0,
         )
 
 

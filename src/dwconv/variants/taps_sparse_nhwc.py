@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
+from .march import axes
 from .strips import divided, up, widest
 from .taps_lines import LinesVariant
 from .taps_lines_cost import Costs
 from .taps_lines_tiles import Layout, Tile, across_axis, line_shapes, narrow, tap_rows, with_residents
-from .taps_nhwc_tiles import axes
 
 MOST_REGISTERS = 214  # of a thread for sums, rows of g and fragments
 OTHER_REGISTERS = 34  # of a thread, beside those
