@@ -68,31 +68,6 @@ WAYS = {
     "dilation": (problem_of(1, 3, (33, 33), (3, 3), 6, dilation=(6, 6)), Tile(7, 11, 3, 3, 64), "channels"),
     "float64": (problem_of(2, 2, (15, 16), (3, 3), 1, dtype="float64"), Tile(5, 4, 3, 3, 64), "channels"),
     "volumes": (problem_of(2, 9, (5, 7, 7), (3, 3, 3), 1, bias=True), Tile(7, 7, 3, 3, 64), "channels"),
-    "volumes, all taps of the depth": (
-        problem_of(2, 9, (5, 7, 7), (3, 3, 3), 1, bias=True),
-        Tile(7, 7, 3, 3, 64, 3),
-        "channels",
-    ),
-    "volumes, tiles of the depth": (
-        problem_of(3, 2, (9, 8, 12), (3, 3, 5), 2, stride=(2, 1, 2), dilation=(3, 1, 1), bias=True, dtype="float16"),
-        Tile(5, 4, 3, 5, 64, 2),
-        "parts",
-    ),
-    "volumes, tiles of the depth, more padding than depth": (
-        problem_of(2, 3, (2, 9, 10), (4, 3, 3), ((4, 3), (1, 1), (1, 1)), multiplier=2, dtype="bfloat16"),
-        Tile(4, 5, 3, 3, 64, 3),
-        "channels",
-    ),
-    "volumes, tiles of the depth and of taps": (
-        problem_of(1, 2, (4, 12, 12), (3, 9, 9), ((1, 1), (4, 4), (4, 4)), bias=True),
-        Tile(4, 6, 5, 5, 64, 2),
-        "tap_tiles",
-    ),
-    "volumes, tiles of the depth, bands": (
-        problem_of(2, 1, (3, 9, 300), (2, 3, 3), ((1, 0), (1, 1), (1, 1)), bias=True),
-        Tile(4, 4, 3, 3, 64, 2),
-        "column_bands",
-    ),
     "volumes, depth strides": (
         problem_of(3, 2, (9, 8, 12), (3, 3, 5), 2, stride=(2, 1, 2), dilation=(3, 1, 1), bias=True, dtype="float16"),
         Tile(5, 4, 3, 5, 64),

@@ -7,10 +7,9 @@
 //   A block sums one part of the images and bands of rows for a group of channels. In each stage it has planes, or
 //   bands of their rows, in shared memory while the next ones arrive; a thread has a tile of kRows x kColumns outputs
 //   of one plane and kTapRows x kTapColumns taps, whose sums stay in its registers until the end.
-//   Planes of volumes count as images, anew for each tile of kTapDepth taps of the depth: each of g meets as many
-//   planes of x, or those of them that exist. grid.x = groups of channels * parts * tiles of the depth; the last block
-//   of a group and such a tile adds up its parts least DRAM traffic: x + g, once each; rows between bands, and planes
-//   that are read again, come from L2
+//   Planes of volumes count as images, anew for each tap t of the depth: each of g meets one of x, or none.
+//   grid.x = groups of channels * parts * KD; the last block of a group and t adds up its parts
+//   least DRAM traffic: x + g, once each; rows between bands come from L2, as x and g do for all but one of KD taps
 #pragma once
 #include "taps_nchw_stages.cuh"
 #include "taps_nchw_sums.cuh"
@@ -41,44 +40,24 @@ struct TapsNchwPlace {
 // What sum number `output` of a block is: a tap of the filter of one of its planes; behind the last tap, the bias.
 template <class C>
 struct TapsNchwTotal {
-    static constexpr int kTileTaps = C::kTapRows * C::kTapColumns, kTaps = C::kTapDepth * kTileTaps;
-    static constexpr int kSums = kTaps + (C::kHasBias ? 1 : 0);
-    int plane, depth_tap, tap;  // no tap: -1
+    static constexpr int kTileTaps = C::kTapRows * C::kTapColumns, kSums = kTileTaps + (C::kHasBias ? 1 : 0);
+    int plane, tap;  // no tap: -1
 
-    __device__ __forceinline__ TapsNchwTotal(const TapsNchwTiling& tiling, int output, int first_depth_tap) {
+    __device__ __forceinline__ TapsNchwTotal(const TapsNchwTiling& tiling, int output, int depth_tap) {
         const int quantity = output / kSums, k = output - quantity * kSums;
         plane = static_cast<int>(tiling.tap_tiles.quotient(quantity));
         const int tap_tile = quantity - plane * static_cast<int>(tiling.tap_tiles.divisor);
         const int tile_row = static_cast<int>(tiling.tap_tile_columns.quotient(tap_tile));
         const int tile_column = tap_tile - tile_row * static_cast<int>(tiling.tap_tile_columns.divisor);
-        const int u = tile_row * C::kTapRows + k % kTileTaps / C::kTapColumns;
+        const int u = tile_row * C::kTapRows + k / C::kTapColumns;
         const int v = tile_column * C::kTapColumns + k % C::kTapColumns;
-        depth_tap = first_depth_tap + (k == kTaps ? 0 : k / kTileTaps);
-        if (k == kTaps)
+        if (k == kTileTaps)
             tap = tap_tile + depth_tap == 0 ? C::kFilterH * C::kFilterW : -1;
         else
-            tap = depth_tap < C::kFilterD && u < C::kFilterH && v < C::kFilterW ? u * C::kFilterW + v : -1;
+            tap = u < C::kFilterH && v < C::kFilterW ? u * C::kFilterW + v : -1;
     }
     __device__ __forceinline__ bool exists(int channels) const { return plane < channels * C::kMultiplier && tap >= 0; }
 };
-
-// Adds the products of a tile of g with every plane of x that it meets: one tap of the depth after the other, as
-// templates, since compilers leave loops around a tile of much code rolled, and its sums in local memory.
-template <class C, int Depth = 0, class Sum>
-__device__ __forceinline__ void add_planes(const typename C::Element* elements, const TapsNchwTiling& tiling,
-                                           const TapsNchwStage<C>& stage, int x, int x_pitch, int first_row, int in_h,
-                                           const TapsNchwMasks<C>& masks, int g, int g_pitch, int missing_rows,
-                                           int missing_columns, Sum (&sums)[C::kTapDepth][C::kTapRows][C::kTapColumns],
-                                           Sum& bias) {
-    if constexpr (Depth < C::kTapDepth) {
-        if (C::kTapDepth == 1 || (stage.x_planes & 1u << Depth))
-            add_tile<C, C::kHasBias && Depth == 0>(
-                elements, x + Depth * static_cast<int>(tiling.x_depth) + stage.x_head_of(Depth), x_pitch, first_row,
-                in_h, masks, g, g_pitch, missing_rows, missing_columns, sums[Depth], bias);
-        add_planes<C, Depth + 1>(elements, tiling, stage, x, x_pitch, first_row, in_h, masks, g, g_pitch, missing_rows,
-                                 missing_columns, sums, bias);
-    }
-}
 
 // So many taps of a thread are summed for each tile alone, then added to those of other tiles: chains of half as many
 // additions have smaller errors. More taps would need too many registers.
@@ -88,8 +67,8 @@ constexpr int kTapsApart = 12;
 template <class C, class Sum>
 __device__ __forceinline__ void add_stage(const typename C::Element* elements, const Sizes& sizes,
                                           const TapsNchwTiling& tiling, const TapsNchwStage<C>& stage,
-                                          const TapsNchwPlace<C>& place,
-                                          Sum (&sums)[C::kTapDepth][C::kTapRows][C::kTapColumns], Sum& bias) {
+                                          const TapsNchwPlace<C>& place, Sum (&sums)[C::kTapRows][C::kTapColumns],
+                                          Sum& bias) {
     using Window = TapsNchwWindow<C>;
     if (place.image >= stage.images) return;
     const int nominal_column = stage.nominal_column + place.column_tile * C::kColumns;
@@ -100,7 +79,7 @@ __device__ __forceinline__ void add_stage(const typename C::Element* elements, c
         !(C::kHasBias && place.tap_tile == 0))
         return;
     const TapsNchwMasks<C> masks(first_column, static_cast<int>(sizes.in_w));
-    const int x = static_cast<int>(tiling.x_begin) + place.image * static_cast<int>(tiling.x.image) +
+    const int x = static_cast<int>(tiling.x_begin) + stage.x_head + place.image * static_cast<int>(tiling.x.image) +
                   place.plane / C::kMultiplier * static_cast<int>(tiling.x.plane) + first_column - stage.in_column;
     const int g = static_cast<int>(tiling.g_begin) + stage.g_head + place.image * static_cast<int>(tiling.g.image) +
                   place.plane * static_cast<int>(tiling.g.plane) + column - stage.column;
@@ -113,16 +92,15 @@ __device__ __forceinline__ void add_stage(const typename C::Element* elements, c
         const int row = smaller(nominal_row, static_cast<int>(sizes.out_h) - C::kRows);
         const int first_row = row * C::kStrideH - C::kPadTop + place.tap_row * C::kDilationH;
         const int x_row = x + (first_row - stage.in_row) * x_pitch, g_row = g + (row - stage.row) * g_pitch;
-        const auto add = [&](Sum(&into)[C::kTapDepth][C::kTapRows][C::kTapColumns], Sum& into_bias) {
-            add_planes<C>(elements, tiling, stage, x_row, x_pitch, first_row, static_cast<int>(sizes.in_h), masks,
-                          g_row, g_pitch, nominal_row - row, nominal_column - column, into, into_bias);
+        const auto add = [&](Sum(&into)[C::kTapRows][C::kTapColumns], Sum& into_bias) {
+            add_tile<C>(elements, x_row, x_pitch, first_row, static_cast<int>(sizes.in_h), masks, g_row, g_pitch,
+                        nominal_row - row, nominal_column - column, into, into_bias);
         };
-        if constexpr (C::kTapDepth * C::kTapRows * C::kTapColumns <= kTapsApart) {
-            Sum of_tile[C::kTapDepth][C::kTapRows][C::kTapColumns] = {}, bias_of_tile = 0;
+        if constexpr (C::kTapRows * C::kTapColumns <= kTapsApart) {
+            Sum of_tile[C::kTapRows][C::kTapColumns] = {}, bias_of_tile = 0;
             add(of_tile, bias_of_tile);
 #pragma unroll
-            for (int k = 0; k < C::kTapDepth * C::kTapRows * C::kTapColumns; ++k)
-                (&sums[0][0][0])[k] += (&of_tile[0][0][0])[k];
+            for (int k = 0; k < C::kTapRows * C::kTapColumns; ++k) (&sums[0][0])[k] += (&of_tile[0][0])[k];
             bias += bias_of_tile;
         } else {
             add(sums, bias);
@@ -138,11 +116,11 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     static_assert(C::kColumns % C::kReadG == 0, "kReadG must divide kColumns: a row of a tile is read in whole pieces");
     static_assert(C::kColumns * C::kStrideW % C::kReadX == 0, "kReadX must divide the columns between tiles");
     constexpr int kTaps = C::kFilterH * C::kFilterW, kTileTaps = C::kTapRows * C::kTapColumns;
-    constexpr int kSums = TapsNchwTotal<C>::kSums, kDepthTiles = ceil_div(C::kFilterD, C::kTapDepth);
+    constexpr int kSums = TapsNchwTotal<C>::kSums;
 
     // Taps of the depth are neighbours in the grid: they read the same planes at about the same time.
-    const unsigned above = blockIdx.x / kDepthTiles;
-    const int depth_tile = static_cast<int>(blockIdx.x - above * kDepthTiles), depth_tap = depth_tile * C::kTapDepth;
+    const unsigned above = blockIdx.x / C::kFilterD;
+    const int depth_tap = static_cast<int>(blockIdx.x - above * C::kFilterD);
     const unsigned group = tiling.parts.quotient(above), part = above - group * tiling.parts.divisor;
     const int all_channels = static_cast<int>(sizes.out_channels) / C::kMultiplier;
     const int channel = static_cast<int>(group * tiling.group_channels);
@@ -151,10 +129,9 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     const bool takes_part =
         place.tap_tile < static_cast<int>(tiling.tap_tiles.divisor) && place.plane < channels * C::kMultiplier;
 
-    Sum sums[C::kTapDepth][C::kTapRows][C::kTapColumns], bias = 0;
+    Sum sums[C::kTapRows][C::kTapColumns], bias = 0;
 #pragma unroll
-    for (int k = 0; k < C::kTapDepth * kTileTaps; ++k)
-        sums[k / kTileTaps][k % kTileTaps / C::kTapColumns][k % C::kTapColumns] = 0;
+    for (int k = 0; k < kTileTaps; ++k) sums[k / C::kTapColumns][k % C::kTapColumns] = 0;
 
     const unsigned first = part * tiling.part_units;
     const unsigned last = min(first + tiling.part_units, tiling.units);
@@ -198,11 +175,10 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
             const int number = from + k;
-            const int tap = smaller(number, C::kTapDepth * kTileTaps - 1);
+            const int tap = smaller(number, kTileTaps - 1);
             if (number < kSums)
                 values[k * kPitch + static_cast<int>(threadIdx.x)] =
-                    number == tap ? sums[tap / kTileTaps][tap % kTileTaps / C::kTapColumns][tap % C::kTapColumns]
-                                  : bias;
+                    number == tap ? sums[tap / C::kTapColumns][tap % C::kTapColumns] : bias;
         }
         __syncthreads();
         Sum* const scratch = values + kAtOnce * kPitch;
@@ -221,7 +197,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     }
     __syncthreads();
 
-    const unsigned parts = tiling.parts.divisor, of_grid = group * kDepthTiles + depth_tile;
+    const unsigned parts = tiling.parts.divisor, of_grid = group * C::kFilterD + depth_tap;
     if (parts > 1) {
         Sum* const partial = static_cast<Sum*>(tensors.partial) + static_cast<long long>(of_grid) * parts * outputs;
 #pragma unroll 1
@@ -243,7 +219,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
             const TapsNchwTotal<C> total(tiling, o, depth_tap);
             if (!total.exists(channels) || is_finite(totals[o])) continue;
             const Sum sum = sum_term_by_term<C>(tensors, sizes, tiling, channel * C::kMultiplier + total.plane,
-                                                total.depth_tap, total.tap, values);
+                                                depth_tap, total.tap, values);
             if (threadIdx.x == 0) totals[o] = sum;
         }
         __syncthreads();
@@ -256,7 +232,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
         if (total.tap == kTaps)
             tensors.db[out_channel] = static_cast<T>(totals[o]);
         else
-            tensors.dw[(static_cast<long long>(out_channel) * C::kFilterD + total.depth_tap) * kTaps + total.tap] =
+            tensors.dw[(static_cast<long long>(out_channel) * C::kFilterD + depth_tap) * kTaps + total.tap] =
                 static_cast<T>(totals[o]);
     }
 }
@@ -272,7 +248,6 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 #define DWCONV_MIN_BLOCKS 1
 #define DWCONV_ROWS 7
 #define DWCONV_COLUMNS 7
-#define DWCONV_TAP_DEPTH 1
 #define DWCONV_TAP_ROWS 3
 #define DWCONV_TAP_COLUMNS 3
 #define DWCONV_READ_X 1
@@ -292,7 +267,7 @@ struct Config : ProblemConfig {
     static constexpr int kThreads = DWCONV_THREADS, kMinBlocks = DWCONV_MIN_BLOCKS;
     static constexpr int kRows = DWCONV_ROWS, kColumns = DWCONV_COLUMNS;  // outputs of a tile
     // Taps of a tile: neighbouring ones of the depth, each with as many of its plane.
-    static constexpr int kTapDepth = DWCONV_TAP_DEPTH, kTapRows = DWCONV_TAP_ROWS, kTapColumns = DWCONV_TAP_COLUMNS;
+    static constexpr int kTapRows = DWCONV_TAP_ROWS, kTapColumns = DWCONV_TAP_COLUMNS;
     static constexpr int kReadX = DWCONV_READ_X, kReadG = DWCONV_READ_G;  // elements of one read of shared memory
     static constexpr bool kEvenRows = DWCONV_EVEN_ROWS, kEvenColumns = DWCONV_EVEN_COLUMNS;  // tiles don't overlap
     static constexpr bool kWholeHeight = DWCONV_WHOLE_HEIGHT,

@@ -29,7 +29,6 @@ struct TapsNchwTiling {
     FastDivisor tap_tile_columns;
     FastDivisor planes;  // output planes of an image in a stage
     TapsNchwPitches x, g;
-    unsigned x_depth;           // elements of a stage from one plane of x to that of the next tap of the depth
     unsigned x_begin, g_begin;  // in a stage; in front of x and behind it is room for columns beside the image
     unsigned stage_elements;
     FastDivisor x_team, g_team;  // threads that copy one line
@@ -46,13 +45,6 @@ struct TapsNchwStage {
     int nominal_row, row, rows, nominal_column, column, columns;  // nominal: before the last tile is moved inside
     int in_row, in_rows, in_column, in_columns;
     int x_head, g_head;  // elements between a multiple of 16 bytes and the first of x, of g
-    int x_head_step;     // volumes: from one tap of the depth to the next, modulo 16 bytes
-    unsigned x_planes;   // volumes: a bit for each tap of the depth whose plane of x is there
-
-    __device__ __forceinline__ int x_head_of(int depth) const {
-        constexpr int kVector = 16 / static_cast<int>(sizeof(typename C::Element));
-        return depth == 0 ? x_head : (x_head + depth * x_head_step) % kVector;
-    }
 
     TapsNchwStage() = default;
     __device__ __forceinline__ TapsNchwStage(const Sizes& sizes, const TapsNchwTiling& tiling, unsigned unit) {
@@ -155,11 +147,6 @@ struct TapsNchwPlanes {
             met = MetPlanes::find<C>(static_cast<unsigned>(number), tiling.depths, sizes, depth_tap);
     }
     __device__ __forceinline__ bool x_exists() const { return !C::kVolume || met.exists; }
-    // A bit for each tap of the tile's depth whose plane of x exists.
-    __device__ __forceinline__ unsigned existing(const Sizes& sizes, int depth_tap) const {
-        if constexpr (C::kVolume) return met.template existing<C, C::kTapDepth>(sizes, depth_tap);
-        return 1;
-    }
     __device__ __forceinline__ long long in_x(const Sizes& sizes) const {
         return C::kVolume ? met.in_x(sizes) : image * sizes.x_image;
     }
@@ -184,8 +171,7 @@ __device__ __forceinline__ unsigned next_unit(unsigned unit, unsigned last, cons
         if (C::kHasBias && depth_tap == 0) return unit;
         while (unit < last) {
             const unsigned number = tiling.row_bands.quotient(tiling.column_bands.quotient(unit));
-            const MetPlanes met = MetPlanes::find<C>(number, tiling.depths, sizes, depth_tap);
-            if (met.template existing<C, C::kTapDepth>(sizes, depth_tap)) break;
+            if (MetPlanes::find<C>(number, tiling.depths, sizes, depth_tap).exists) break;
             ++unit;
         }
     }
@@ -200,28 +186,20 @@ __device__ __forceinline__ void copy_stage(const FilterGradients<typename C::Ele
     using T = typename C::Element;
     const bool by_rows = tiling.column_bands.divisor > 1;
     const TapsNchwPlanes<C, unsigned> planes(sizes, tiling, stage.image, depth_tap);
-    const T* const end =
-        tensors.x + (planes.last_of_x(sizes, tiling) + (sizes.out_channels / C::kMultiplier - 1) * sizes.x_channel +
-                     sizes.in_h * sizes.in_w);
-    const T* from =
-        tensors.x + (planes.in_x(sizes) + channel * sizes.x_channel + (stage.in_row * sizes.in_w + stage.in_column));
-    stage.x_head = elements_behind_vector(from);
-    stage.x_planes = planes.existing(sizes, depth_tap);
-    const long long step = C::kVolume ? C::kDilationD * sizes.x_depth : 0;
-    stage.x_head_step = static_cast<int>(step % (16 / static_cast<int>(sizeof(T))));
-    const TapsNchwLines lines(tiling.x, by_rows, stage.images, channels, stage.in_rows, stage.in_columns, sizes.x_image,
-                              sizes.x_channel, sizes.in_w);
-    T* x_into = into + tiling.x_begin;
-#pragma unroll 1
-    for (int d = 0; d < C::kTapDepth; ++d) {
-        if (stage.x_planes & 1u << d) copy_lines<C>(x_into, from, tensors.x, end, lines, tiling.x_team);
-        from += step;
-        x_into += tiling.x_depth;
-    }
-    if (C::kHasBias && depth_tap == 0 && !(stage.x_planes & 1u)) {  // g is summed for the bias beside zeros
-        stage.x_planes |= 1u;
-        const unsigned last = tiling.x_begin + (C::kTapDepth > 1 ? tiling.x_depth : tiling.g_begin - tiling.x_begin);
-        for (unsigned at = tiling.x_begin + threadIdx.x; at < last; at += C::kThreads) into[at] = T();
+    if (planes.x_exists()) {
+        const T* const end =
+            tensors.x + (planes.last_of_x(sizes, tiling) + (sizes.out_channels / C::kMultiplier - 1) * sizes.x_channel +
+                         sizes.in_h * sizes.in_w);
+        const T* const from = tensors.x + (planes.in_x(sizes) + channel * sizes.x_channel +
+                                           (stage.in_row * sizes.in_w + stage.in_column));
+        stage.x_head = elements_behind_vector(from);
+        copy_lines<C>(into + tiling.x_begin, from, tensors.x, end,
+                      TapsNchwLines(tiling.x, by_rows, stage.images, channels, stage.in_rows, stage.in_columns,
+                                    sizes.x_image, sizes.x_channel, sizes.in_w),
+                      tiling.x_team);
+    } else {  // g is summed for the bias beside zeros
+        stage.x_head = 0;
+        for (unsigned at = tiling.x_begin + threadIdx.x; at < tiling.g_begin; at += C::kThreads) into[at] = T();
     }
     {
         const long long plane = sizes.out_h * sizes.out_w, channel_step = C::kVolume ? sizes.out_d * plane : plane;

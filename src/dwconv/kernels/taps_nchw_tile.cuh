@@ -81,7 +81,7 @@ __device__ __forceinline__ void read_elements(const T* from, Sum* into) {
 
 // x: the window's first element in shared memory, where row `first_row` of the image stands; it may lie outside.
 // g: the tile. Its first missing_rows rows and missing_columns columns belong to another tile.
-template <class C, bool AddBias, class T, class Sum>
+template <class C, class T, class Sum>
 __device__ __forceinline__ void add_tile(const T* shared, int x, int x_pitch, int first_row, int in_h,
                                          const TapsNchwMasks<C>& masks, int g, int g_pitch, int missing_rows,
                                          int missing_columns, Sum (&sums)[C::kTapRows][C::kTapColumns], Sum& bias) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void add_tile(const T* shared, int x, int x_pitch, in
                 if (i < missing_rows)
 #pragma unroll
                     for (int j = 0; j < C::kColumns; ++j) grads[i][j] = Sum(0);
-            if constexpr (AddBias)
+            if constexpr (C::kHasBias)
 #pragma unroll
                 for (int j = 0; j < C::kColumns; ++j) bias += grads[i][j];
             g += g_pitch;

@@ -78,8 +78,7 @@ def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ge
         while threads >= 1:
             found = _cut(problem, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns, out_depth)
             if found.shared_bytes <= budget:
-                depth_tiles = divided(depth_taps, tile.tap_depth)
-                found = replace(found, groups=found.groups * depth_tiles, depth_tiles=depth_tiles)
+                found = replace(found, groups=found.groups * depth_taps, depth_taps=depth_taps)
                 return _parted(problem, device, tile, _spread(problem, tile, found))
             threads = min(threads - 1, threads * 3 // 4)
     return f"no stage fits in the {device.shared_bytes - 1024} bytes of shared memory of a block"
@@ -144,7 +143,7 @@ def _cut(
     beyond = (tap_tile_columns * tile.tap_columns - problem.filter[1]) * problem.dilation[1]
     below, right = far_reach(problem)
     x_begin = up(problem.padding[1][0] + vector, vector)
-    g_begin = x_begin + tile.tap_depth * x.elements + up(right + beyond + vector, vector)
+    g_begin = x_begin + x.elements + up(right + beyond + vector, vector)
     stage_elements = up(g_begin + g.elements, vector)
     sums = tile.taps + problem.bias
     outputs = planes * tiled_taps * sums

@@ -19,7 +19,6 @@ class Tile:
         rows, columns: outputs of a tile, which a thread has in registers.
         tap_rows, tap_columns: taps whose sums it has.
         threads: of a block.
-        tap_depth: of volumes, neighbouring taps of the depth, each with as many of its plane.
     """
 
     rows: int
@@ -27,16 +26,14 @@ class Tile:
     tap_rows: int
     tap_columns: int
     threads: int = 128
-    tap_depth: int = 1
 
     @property
     def taps(self) -> int:
-        return self.tap_depth * self.tap_rows * self.tap_columns
+        return self.tap_rows * self.tap_columns
 
     def __str__(self) -> str:
-        depth = f"{self.tap_depth} × " if self.tap_depth > 1 else ""
         return (
-            f"{self.rows} × {self.columns} outputs and {depth}{self.tap_rows} × {self.tap_columns} taps a thread, "
+            f"{self.rows} × {self.columns} outputs and {self.tap_rows} × {self.tap_columns} taps a thread, "
             f"{self.threads} threads"
         )
 
@@ -74,8 +71,8 @@ class Geometry:
         row_tiles, column_tiles: of a band of a plane; row_lanes: of threads that share its rows of tiles.
         row_bands, column_bands: of a plane.
         tap_tiles, tap_tile_columns: of a filter, in all and side by side.
-        depth_tiles: of taps of the depth of volumes, whose planes count as images for each of them; else 1.
-        groups, parts: of the grid: groups of channels, as many times as depth_tiles; units: stages of a group,
+        depth_taps: of filters of volumes, whose planes count as images for each tap; else 1.
+        groups, parts: of the grid: groups of channels, as many times as depth_taps; units: stages of a group,
             part_units: of a block.
         read_x, read_g: elements that one read of shared memory brings.
         reach: rows, columns of padding below and right of x that outputs read.
@@ -112,7 +109,7 @@ class Geometry:
     partial_bytes: int
     blocks: int = 1
     used: int = 0
-    depth_tiles: int = 1
+    depth_taps: int = 1
     read_clocks: tuple[int, int] = (1, 1)
 
 
@@ -137,8 +134,7 @@ def registers(problem: DepthwiseProblem, tile: Tile) -> int:
         width = min(width, problem.size[1])
     values = met * tile.columns + tile.taps + width
     masks = 0 if tile.tap_columns == problem.filter[1] else width
-    deep = 16 if tile.tap_depth > 1 else 0  # masks and places last from one tap of the depth to the next
-    return values * max(1, problem.element_bytes // 4) + masks + deep + (40 if problem.element_bytes == 2 else 34)
+    return values * max(1, problem.element_bytes // 4) + masks + (40 if problem.element_bytes == 2 else 34)
 
 
 def whole(problem: DepthwiseProblem, tile: Tile, axis: int) -> bool:

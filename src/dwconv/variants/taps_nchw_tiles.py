@@ -91,7 +91,7 @@ def rolled(problem: DepthwiseProblem, tile: Tile) -> bool:
     return steps > (MOST_STEPS if tile.columns < 14 else 2 * MOST_STEPS)
 
 
-def shapes_of(problem: DepthwiseProblem, depth: int = 1) -> list[Tile]:
+def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
     """Tiles whose values fit in registers and whose code isn't too long: those that take the fewest instructions."""
     out_h, out_w = problem.out_size
     found: list[tuple[float, Tile]] = []
@@ -126,15 +126,12 @@ def shapes_of(problem: DepthwiseProblem, depth: int = 1) -> list[Tile]:
         of_each += legal[:MOST_SHAPES] if problem.element_bytes > 2 else []
     ordered = [tile for _, tile in sorted(found, key=lambda each: each[0])]
     small = [tile for tile in ordered if tile.rows * tile.columns <= SMALL_TILE]  # more blocks, for the same memory
-    shapes = list(dict.fromkeys(ordered[:MOST_SHAPES] + small[:MOST_SHAPES] + [tile for _, tile in of_each]))
-    depths = sorted({divided(depth, count) for count in range(1, depth + 1)})
-    deep = [replace(tile, tap_depth=taps) for tile in shapes for taps in depths]
-    return [tile for tile in deep if tile.tap_depth == 1 or registers(problem, tile) <= MOST_REGISTERS]
+    return list(dict.fromkeys(ordered[:MOST_SHAPES] + small[:MOST_SHAPES] + [tile for _, tile in of_each]))
 
 
 def shape_of(tile: Tile) -> tuple[int, ...]:
     """What tiles have alike of which two at most are worth timing."""
-    return tile.rows, tile.columns, tile.tap_depth, tile.tap_rows
+    return tile.rows, tile.columns, tile.tap_rows
 
 
 def valid_share(problem: DepthwiseProblem, axis: int) -> float:
@@ -173,7 +170,7 @@ def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tu
     made = products * (valid_share(problem, 1) if all_columns else 1.0)
     code = (made if tapped else share * products) + others + 3 * height
     each = share * products + tapped_share * (others + ROW_WAIT * height)
-    return tile.tap_depth * each + 80, tile.tap_depth * tapped_share * clocks, tile.tap_depth * code
+    return each + 80, tapped_share * clocks, code
 
 
 def slowed(code: float) -> float:
@@ -188,13 +185,13 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
     tiles = divided(geometry.row_tiles, geometry.row_lanes)
     warps = tile.threads / 32
     # pieces of 16 bytes that a warp copies at once
-    copied = (tile.tap_depth * geometry.x.elements + geometry.g.elements) * problem.element_bytes / 16 / tile.threads
+    copied = (geometry.x.elements + geometry.g.elements) * problem.element_bytes / 16 / tile.threads
     work = warps * (tiles * instructions * slowed(code) + STAGE_INSTRUCTIONS + 2 * copied)
     shared = warps * (READ_CLOCKS * tiles * clocks + COPY_CLOCKS * copied)
     in_rows = geometry.row_tiles * tile.rows * problem.stride[0]
     halo = ((problem.filter[0] - 1) * problem.dilation[0]) / in_rows if geometry.row_bands > 1 else 0.0
     x_bytes = problem.batch * problem.channels * math.prod(problem.size) * problem.element_bytes
-    again = max(1.0, 0.7 * geometry.depth_tiles)  # taps of the depth read x and g through L2, beside one another
+    again = max(1.0, 0.7 * geometry.depth_taps)  # taps of the depth read x and g through L2, beside one another
     stage_bytes = again * (problem.least_bytes + 0.2 * halo * x_bytes) / (geometry.units * geometry.groups)
 
     def stage(resident: int) -> float:
@@ -231,7 +228,7 @@ def tiles_of(problem: DepthwiseProblem, device: DeviceSpec) -> list[tuple[Tile, 
         if isinstance(geometry, Geometry):
             found.append((taps_seconds(planes, device, tile, geometry), tile, geometry))
 
-    for shape in shapes_of(planes, problem.filter[0] if problem.dims == 3 else 1):
+    for shape in shapes_of(planes):
         for threads in THREADS:
             add(shape, threads)
     found.sort(key=lambda each: each[0])
