@@ -13,11 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checks import check_filter_gradient, check_input_gradient
 from dwconv import emulator, reference
 from dwconv.choose import candidates
 from dwconv.device import H200, PRESETS
 from dwconv.plan import Plan
-from problems import make_epilogue, make_inputs, make_output
+from dwconv.variants import REGISTRY
+from problems import as_gradient, make_epilogue, make_inputs, make_output
 from random_problems import random_kind, random_place, random_problem
 
 KINDS = 16
@@ -46,6 +48,22 @@ def plans_of(problem, device, variant=None):
 def test_any_legal_plan_is_within_rounding(random, device):
     """Any kind, any tile of any variant, for any architecture."""
     check(random.choice(plans_of(random_problem(random, random_kind(random)), device)), random)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=QUIET)
+@given(random=randoms, device=st.sampled_from(list(PRESETS.values())))
+def test_any_legal_plan_of_a_gradient_is_within_rounding(random, device):
+    """A variant made for the direction, two times of three that of filters: any tile of it."""
+    direction = random.choice(("grad_weight", "grad_weight", "grad_input"))
+    problem = as_gradient(random_problem(random, random_kind(random)), direction)
+    found = [plan for plan in plans_of(problem, device) if direction in REGISTRY[plan.variant].directions]
+    variant = random.choice(sorted({plan.variant for plan in found}))
+    plan = random.choice([plan for plan in found if plan.variant == variant])
+    order_seed = random.choice((None, 1))
+    if direction == "grad_weight":
+        check_filter_gradient(plan, order_seed, poison=random.random() < 0.5)
+    else:
+        check_input_gradient(plan, order_seed)
 
 
 @pytest.fixture(scope="module")
