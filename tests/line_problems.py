@@ -1,4 +1,4 @@
-"""Small problems at the edges of what taps_sparse_nhwc and taps_matrix_nchw take, and what their tests share."""
+"""What tests of gradients of filters share, and small problems at the edges of what kernels by lines take."""
 
 from __future__ import annotations
 

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+import line_problems
 from checks import check_filter_gradient
 from dwconv.compile import compile_plan
 from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
-from dwconv.problem import DepthwiseProblem
 from dwconv.variants.march import axes
 from dwconv.variants.taps_nhwc import TapsNhwc
 from dwconv.variants.taps_nhwc_tiles import Tile
 from edge_plans import bits
+from line_problems import name, without_repair
 
 VARIANT = TapsNhwc()
 MOST = 2 if build.sanitizing() else 3  # tiles of a problem
 
 
-def problem(n, c, size, taps, stride=1, padding=0, dilation=1, dtype="float32", **more):
-    def each(value):
-        return value if isinstance(value, tuple) else (value,) * len(size)
-
-    pads = tuple(pad if isinstance(pad, tuple) else (pad, pad) for pad in each(padding))
-    return DepthwiseProblem(
-        n,
-        c,
-        size,
-        each(taps),
-        each(stride),
-        pads,
-        each(dilation),
-        dtype=dtype,
-        layout="channels_last",
-        direction="grad_weight",
-        **more,
-    )
-
+problem = partial(line_problems.problem, "channels_last", dtype="float32")
 
 EDGES = [
     problem(2, 72, (14, 19), 3, padding=1, dtype="float16"),
@@ -90,6 +74,8 @@ EDGES = [
     problem(2, 8, (5, 9, 1), (3, 3, 1), padding=(1, 1, 0), bias=True),
     problem(2, 8, (4, 6, 7), 3, padding=1, multiplier=2, stride=(2, 2, 1), bias=True),
     problem(2, 8, (4, 5, 6), 3, padding=1, x_strides=(12000, 1, 1500, 160, 16), bias=True),
+    # no output meets a row of x
+    problem(1, 16, (5, 1, 13), (3, 1, 2), stride=2, padding=((0, 9), (9, 0), 1), dilation=(3, 3, 1), bias=True),
 ]
 
 
@@ -131,15 +117,6 @@ TILES += [plan for given, tile in DEPTHS if isinstance(plan := VARIANT.plan(give
 def built():
     """Compiles the kernels of all tests at once, on every core."""
     build.build_many(TILES + [without_repair(plan) for plan in TILES[::MOST]])
-
-
-def without_repair(plan):
-    """The plan without its second computation of sums that aren't finite."""
-    return replace(plan, constants=tuple((name, 0 if name == "REPAIR" else value) for name, value in plan.constants))
-
-
-def name(plan):
-    return f"{plan.problem}-{plan.tile}".replace(" ", "")
 
 
 @pytest.mark.parametrize("plan", TILES, ids=name)

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+import line_problems
 from checks import check_filter_gradient
 from dwconv.compile import compile_plan
 from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
-from dwconv.problem import DepthwiseProblem
 from dwconv.variants.taps_planes_nchw import TapsPlanesNchw, Tile
 from edge_plans import bits
+from line_problems import name, without_repair
 
 VARIANT = TapsPlanesNchw()
 MOST = 2  # tiles of a problem
 
 
-def problem(n, c, size, taps, stride=1, padding=0, dilation=1, dtype="float16", **more):
-    def each(value):
-        return value if isinstance(value, tuple) else (value,) * len(size)
-
-    pads = tuple(pad if isinstance(pad, tuple) else (pad, pad) for pad in each(padding))
-    return DepthwiseProblem(
-        n,
-        c,
-        size,
-        each(taps),
-        each(stride),
-        pads,
-        each(dilation),
-        dtype=dtype,
-        layout="channels_first",
-        direction="grad_weight",
-        **more,
-    )
-
+problem = partial(line_problems.problem, "channels_first")
 
 EDGES = [
     problem(16, 16, (7, 7), 3, padding=1),
@@ -81,15 +64,6 @@ TILES = [plan for given in EDGES for plan in plans_of(given)]
 def built():
     """Compiles the kernels of all tests at once, on every core."""
     build.build_many(TILES + [without_repair(plan) for plan in TILES[::MOST]])
-
-
-def without_repair(plan):
-    """The plan without its second computation of sums that aren't finite."""
-    return replace(plan, constants=tuple((name, 0 if name == "REPAIR" else value) for name, value in plan.constants))
-
-
-def name(plan):
-    return f"{plan.problem}-{plan.tile}".replace(" ", "")
 
 
 @pytest.mark.parametrize("plan", TILES, ids=name)
@@ -148,6 +122,13 @@ def test_what_is_no_stretch_of_whole_pieces_is_rejected(given, reason):
     found = list(VARIANT.candidates(given, H200))
     assert all(isinstance(each, Rejection) for each in found)
     assert reason in found[0].reason
+
+
+@pytest.mark.parametrize(("multiplier", "own"), [(1, 3), (2, 1), (2, 3)])
+def test_warps_have_whole_channels(multiplier, own):
+    found = VARIANT.plan(problem(2, 16, (7, 7), 3, padding=1, multiplier=multiplier), H200, Tile(3, 8, own, warps=4))
+    assert isinstance(found, Rejection)
+    assert "whole channels" in found.reason
 
 
 LAYERS = [

@@ -68,7 +68,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     if one.march.tap_tiles > 1 or along.filter > along.out:
         share = marched(along, tile.taps[0])
         even = along.filter == tile.taps[0] or tile.waves > 1
-        fma *= min(1.0, reached(along) * (1.0 if even else 1.1) / share)
+        fma *= min(1.0, reached(along) * (1.0 if even else 1.1) / share) if share else 0.0
     if products * tile.taps[0] * tile.depth_taps > LONG_CODE:
         fma *= FETCHED
     loads = tile.columns + tile.depth_taps * one.rows * one.kept

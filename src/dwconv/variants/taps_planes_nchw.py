@@ -291,6 +291,11 @@ def matrices(problem: DepthwiseProblem, first: int, tap_rows: int, images: int) 
 
 def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
     """How a tile divides a problem that isn't unfit, or why it can't."""
+    if tile.own % problem.multiplier or problem.out_channels % tile.own:
+        return (
+            f"{tile.own} channels of a warp don't divide {problem.out_channels} into whole channels of x, "
+            f"{problem.multiplier} outputs each"
+        )
     (height, width), (out_height, out_width) = problem.size, problem.out_size
     tap_tiles = divided(problem.filter[0], tile.taps)
     found = [matrices(problem, k * tile.taps, tile.taps, tile.images) for k in range(tap_tiles)]
