@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import short_problems
 from dwconv.device import H200
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem, Layout
-from dwconv.variants.strips import planar
+from dwconv.variants.strips import depth_taps, planar
 from dwconv.variants.taps_lines import LinesVariant
 from dwconv.variants.taps_lines_tiles import Cut, Tile
 
 
 def problem(layout: Layout, n, c, size, taps, stride=1, padding=0, dilation=1, dtype="float16", **more):
     """A grad_weight problem; one number stands for all dimensions."""
-
-    def each(value):
-        return value if isinstance(value, tuple) else (value,) * len(size)
-
-    pads = tuple(pad if isinstance(pad, tuple) else (pad, pad) for pad in each(padding))
-    steps = {"dtype": dtype, "layout": layout, "direction": "grad_weight"}
-    return DepthwiseProblem(n, c, size, each(taps), each(stride), pads, each(dilation), **steps, **more)
+    steps = stride, padding, dilation
+    return short_problems.problem(n, c, size, taps, *steps, dtype=dtype, layout=layout, direction="grad_weight", **more)
 
 
 def edges(layout: Layout) -> list[DepthwiseProblem]:
@@ -105,8 +101,7 @@ def name(plan: Plan) -> str:
 
 
 def cut_of(variant: LinesVariant, given: DepthwiseProblem, tile: Tile) -> Cut:
-    depth_taps = given.filter[0] if given.dims == 3 else 1
-    one = variant.cut(planar(given), H200, tile, depth_taps)
+    one = variant.cut(planar(given), H200, tile, depth_taps(given))
     assert isinstance(one, Cut), one
     return one
 

@@ -107,7 +107,8 @@ TAKEN = {
 }
 
 _OF_BOTH = {
-    "sums of columns, not of diagonals": ("W::kStrideB * kPitch + 1)", "W::kStrideB * kPitch)"),
+    "sums of columns, not of diagonals": ("Stride * Pitch + 1)", "Stride * Pitch)"),
+    "rows of g of the segment before": ("segment.has(number - back)", "segment.has(segment.first)"),
     "a column of x too far": ("tap_b * W::kApartB * W::kSpreadB - W::kLead", "tap_b * W::kApartB * W::kSpreadB + 1"),
     "a stage that isn't cleared": ("= uint4{0, 0, 0, 0};", "= uint4{0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};"),
     "a part left out": (
@@ -121,10 +122,6 @@ MUTANTS = {
     MATRIX: _OF_BOTH
     | {
         "windows that begin at the lead": ("(v * W::kSpreadB + C::kLead)", "(v * W::kSpreadB)"),
-        "rows of g of the segment before": (
-            "static_cast<unsigned>(number - back - segment.first) >=",
-            "static_cast<unsigned>(segment.first - segment.first) >=",
-        ),
         "the row of g of another step": (
             "g[o][(Phase + W::kLive - back) % W::kLive]",
             "g[o][(Phase + back) % W::kLive]",
@@ -133,10 +130,6 @@ MUTANTS = {
     },
     SPARSE: _OF_BOTH
     | {
-        "rows of g of the segment before": (
-            "static_cast<unsigned>(number - back - segment.first) <",
-            "static_cast<unsigned>(segment.first - segment.first) <",
-        ),
         "the row of g of another step": (
             "g[p][(Phase + W::kLive - back) % W::kLive]",
             "g[p][(Phase + back) % W::kLive]",

@@ -15,10 +15,10 @@
 namespace dwconv {
 
 #ifdef DWCONV_EMULATOR
-// D = C + A * B from the lanes' fragments, whose layout is the instruction's. Element s of a row of A, without the
-// zeros, belongs to columns 2 * s (rows 0 to 7) and 2 * s + 1 (rows 8 to 15).
 constexpr unsigned kPairsOfChannels = 0;  // nothing looks at it
 
+// D = C + A * B from the lanes' fragments, whose layout is the instruction's. Element s of a row of A, without the
+// zeros, belongs to columns 2 * s (rows 0 to 7) and 2 * s + 1 (rows 8 to 15).
 template <class T>
 __device__ __forceinline__ void multiply_sparse(float (&d)[4], const uint4& a, const unsigned (&b)[4],
                                                 const float (&c)[4], unsigned = kPairsOfChannels) {

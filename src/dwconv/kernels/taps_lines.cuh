@@ -86,6 +86,7 @@ template <class W>
 struct LinesPlace {
     using C = typename W::Config;
     unsigned group, tap_tile, part;  // of channels; of taps; of positions
+    unsigned first, end;             // positions of the part
     int depth_tap, tap_a, tap_b;     // the first of the tile
     int in_a, out_a, in_b, out_b;
     long long x_a, x_b, g_a, g_b, g_image, g_channel;  // strides, in elements
@@ -95,6 +96,8 @@ struct LinesPlace {
         tap_tile = blockIdx.x - above * tiling.tap_tiles.divisor;
         part = tiling.channel_groups.quotient(above);
         group = above - part * tiling.channel_groups.divisor;
+        first = part * tiling.part_rows;
+        end = min(first + tiling.part_rows, tiling.positions);
         constexpr unsigned kPlaneTiles = W::kTapTilesA * W::kTapTilesB;
         const unsigned of_plane = C::kVolume ? tap_tile % kPlaneTiles : tap_tile;
         depth_tap = C::kVolume ? static_cast<int>(tap_tile / kPlaneTiles) * W::kTapsD : 0;
@@ -111,6 +114,10 @@ struct LinesPlace {
         x_b = W::kTurned ? sizes.x_row : sizes.x_column;
         g_a = W::kTurned ? column : row;
         g_b = W::kTurned ? row : column;
+    }
+    // Whether x has this row.
+    __device__ __forceinline__ bool has_row(int row) const {
+        return static_cast<unsigned>(row) < static_cast<unsigned>(in_a);
     }
     // Where plane `number` of g begins; of volumes, channels first, planes of an image and images aren't as far apart.
     __device__ __forceinline__ long long image_of_g(unsigned number, const LinesTiling& tiling) const {
@@ -153,14 +160,18 @@ struct LinesSegment {
     int base;              // the row of x that the first tap of row 0 meets
     unsigned planes;       // volumes of one own line: a bit for each tap of the depth whose plane of x exists; else all
 
-    // The next one from `position` on, which it moves, for those who own the lines from own_line of the super-line on.
-    // False where there is none; the same for all of them.
-    __device__ __forceinline__ bool find(unsigned& position, unsigned end_position, const LinesPlace<W>& place,
-                                         const Sizes& sizes, const LinesTiling& tiling, unsigned own_line = 0) {
-        while (position < end_position) {
+    // Whether it has this row of g.
+    __device__ __forceinline__ bool has(int row) const {
+        return static_cast<unsigned>(row - first) < static_cast<unsigned>(end - first);
+    }
+    // The next one of the block from `position` on, which it moves, for those who own the lines from own_line of the
+    // super-line on. False where there is none; the same for all of them.
+    __device__ __forceinline__ bool find(unsigned& position, const LinesPlace<W>& place, const Sizes& sizes,
+                                         const LinesTiling& tiling, unsigned own_line = 0) {
+        while (position < place.end) {
             const unsigned line = tiling.rows.quotient(position);
             first = static_cast<int>(position - line * tiling.rows.divisor);
-            end = static_cast<int>(min(tiling.rows.divisor, first + end_position - position));
+            end = static_cast<int>(min(tiling.rows.divisor, first + place.end - position));
             position += end - first;
             const unsigned of_class = W::kClassesA == 1 ? 0 : tiling.super_lines.quotient(line);
             row_class = static_cast<int>(of_class);
@@ -211,15 +222,14 @@ __device__ __forceinline__ void step_in_phase(int phase, Sums& sums, const Argum
 template <class W>
 __device__ __forceinline__ typename W::Sum exact_block_sum(const FilterGradients<typename W::Element>& tensors,
                                                            const Sizes& sizes, const LinesTiling& tiling,
-                                                           const LinesPlace<W>& place, unsigned first, unsigned end,
-                                                           long long channel, int tap) {
+                                                           const LinesPlace<W>& place, long long channel, int tap) {
     using C = typename W::Config;
     using Sum = typename W::Sum;
     const bool is_bias = tap == W::kTaps;
     const int u = place.tap_a + W::row_of(tap), v = place.tap_b + W::column_of(tap);
     Sum sum = 0;
 #pragma unroll 1
-    for (unsigned position = first; position < end; ++position) {
+    for (unsigned position = place.first; position < place.end; ++position) {
         const unsigned line_of_all = tiling.rows.quotient(position);
         const unsigned row_class = W::kClassesA == 1 ? 0 : tiling.super_lines.quotient(line_of_all);
         const unsigned super_line = line_of_all - row_class * tiling.super_lines.divisor;
@@ -256,12 +266,27 @@ __device__ __forceinline__ typename W::Sum exact_block_sum(const FilterGradients
     return sum;
 }
 
+// The sum of eight floats on a diagonal of a matrix, each Stride rows and a column behind the one before.
+template <int Stride, int Pitch>
+__device__ __forceinline__ float diagonal_sum(const float* from) {
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) sum += from[n * (Stride * Pitch + 1)];
+    return sum;
+}
+
+// The sum over four neighbouring lanes, which have a row of a product of matrices.
+__device__ __forceinline__ float sum_of_four(float of_lane) {
+    of_lane += __shfl_xor_sync(0xffffffffu, of_lane, 1);
+    of_lane += __shfl_xor_sync(0xffffffffu, of_lane, 2);
+    return of_lane;
+}
+
 // What a block does with the sums of its warps: sums.finish(scratch, found) passes each to found(index, sum). All
-// threads call it. first, end: positions of the block.
+// threads call it.
 template <class W, class Sums>
 __device__ __forceinline__ void finish_lines(const FilterGradients<typename W::Element>& tensors, const Sizes& sizes,
-                                             const LinesTiling& tiling, const LinesPlace<W>& place, unsigned first,
-                                             unsigned end, const Sums& sums) {
+                                             const LinesTiling& tiling, const LinesPlace<W>& place, const Sums& sums) {
     using C = typename W::Config;
     using Element = typename W::Element;
     using Sum = typename W::Sum;
@@ -288,7 +313,7 @@ __device__ __forceinline__ void finish_lines(const FilterGradients<typename W::E
         if (C::kRepair && !(sum - sum == Sum(0))) {
             const long long channel = first_channel + W::channel_of(index);
             sum = channel < sizes.out_channels
-                      ? exact_block_sum<W>(tensors, sizes, tiling, place, first, end, channel, W::tap_of(index))
+                      ? exact_block_sum<W>(tensors, sizes, tiling, place, channel, W::tap_of(index))
                       : Sum(0);
         }
         if (tiling.parts == 1)

@@ -52,7 +52,7 @@ struct LinesCopies {
 
     const LinesPlace<W>& place;
     const LinesTiling& tiling;
-    unsigned position, end_position;
+    unsigned position;
     LinesSegment<W> segment;
     int step = 0;
     CopyPlace stages;
@@ -64,9 +64,8 @@ struct LinesCopies {
     unsigned x_wanted = 0, g_wanted = 0, x_exists, g_exists;  // a bit for each piece
 
     __device__ __forceinline__ LinesCopies(const FilterGradients<Element>& tensors, const Sizes& sizes,
-                                           const LinesPlace<W>& place_, const LinesTiling& tiling_, void* stages_,
-                                           unsigned first, unsigned end)
-        : place(place_), tiling(tiling_), position(first), end_position(end), stages(stages_) {
+                                           const LinesPlace<W>& place_, const LinesTiling& tiling_, void* stages_)
+        : place(place_), tiling(tiling_), position(place_.first), stages(stages_) {
 #pragma unroll
         for (int k = 0; k < kXCopies; ++k) {
             const XPieces piece(k);
@@ -84,7 +83,7 @@ struct LinesCopies {
 
     // Finds the next segment, and where its first rows are.
     __device__ __forceinline__ void begin(const FilterGradients<Element>& tensors, const Sizes& sizes) {
-        if (!segment.find(position, end_position, place, sizes, tiling)) {
+        if (!segment.find(position, place, sizes, tiling)) {
             segment.last = step = 0;  // nothing more to copy
             return;
         }
@@ -150,7 +149,7 @@ struct LinesCopies {
             const int row = segment.base + step * W::kReach;
 #pragma unroll
             for (int e = 0; e < W::kRows; ++e) {
-                if (static_cast<unsigned>(row + e * W::kApartA) >= static_cast<unsigned>(place.in_a)) continue;
+                if (!place.has_row(row + e * W::kApartA)) continue;
                 const Element* const from = x_row + e * W::kApartA * place.x_a;
 #pragma unroll
                 for (int k = 0; k < kXCopies; ++k)

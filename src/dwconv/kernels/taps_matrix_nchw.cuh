@@ -20,8 +20,6 @@ __device__ __forceinline__ void taps_matrix_nchw(const FilterGradients<typename 
                                                  const Sizes& sizes, const LinesTiling& tiling) {
     using W = TapsMatrix<C>;
     const LinesPlace<W> place(sizes, tiling);
-    const unsigned first_position = place.part * tiling.part_rows;
-    const unsigned end_position = min(first_position + tiling.part_rows, tiling.positions);
     const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // tells compilers that it is uniform
     constexpr unsigned kStagesBytes = C::kStages * W::kStageBytes;
     const unsigned begin = warp * kStagesBytes, last = begin + kStagesBytes - W::kStageBytes;
@@ -32,15 +30,15 @@ __device__ __forceinline__ void taps_matrix_nchw(const FilterGradients<typename 
     for (unsigned at = threadIdx.x % 32 * 16; at < kStagesBytes; at += 32 * 16)
         *reinterpret_cast<uint4*>(stages + at) = uint4{0, 0, 0, 0};
     __syncwarp();
-    LinesCopies<W> copies(tensors, sizes, place, tiling, stages, first_position, end_position);
+    LinesCopies<W> copies(tensors, sizes, place, tiling, stages);
 #pragma unroll 1
     for (int k = 0; k < C::kStages - 1; ++k) copies.copy(k * W::kStageBytes, tensors, sizes);
 
     TapsMatrixSums<C> taps;
     LinesSegment<W> segment;
-    unsigned position = first_position, stage = begin, filled = last;
+    unsigned position = place.first, stage = begin, filled = last;
 #pragma unroll 1
-    while (segment.find(position, end_position, place, sizes, tiling)) {
+    while (segment.find(position, place, sizes, tiling)) {
         int phase = 0;
 #pragma unroll 1
         for (int step = segment.first; step < segment.last; ++step) {
@@ -56,7 +54,7 @@ __device__ __forceinline__ void taps_matrix_nchw(const FilterGradients<typename 
     }
     wait_for_copies<0>();
     __syncthreads();
-    finish_lines<W>(tensors, sizes, tiling, place, first_position, end_position, taps);
+    finish_lines<W>(tensors, sizes, tiling, place, taps);
 }
 
 }  // namespace dwconv

@@ -129,7 +129,7 @@ struct TapsMatrixSums {
         const int first = segment.base + number * W::kReach;
 #pragma unroll
         for (int e = 0; e < W::kRows; ++e) {
-            if (static_cast<unsigned>(first + e * W::kApartA) >= static_cast<unsigned>(place.in_a)) continue;
+            if (!place.has_row(first + e * W::kApartA)) continue;
 #pragma unroll
             for (int set = 0; set < W::kSets; ++set) {
                 if (e + set > 0) read_windows(stage, e, set);
@@ -138,9 +138,7 @@ struct TapsMatrixSums {
                     const int tap = e + back * W::kStrideA;
                     if (tap >= C::kTapsA) continue;
                     if (W::kFilterA % C::kTapsA != 0 && place.tap_a + tap >= W::kFilterA) continue;
-                    if (static_cast<unsigned>(number - back - segment.first) >=
-                        static_cast<unsigned>(segment.end - segment.first))
-                        continue;
+                    if (!segment.has(number - back)) continue;
 #pragma unroll
                     for (int o = 0; o < C::kOwn; ++o)
 #pragma unroll
@@ -178,16 +176,12 @@ struct TapsMatrixSums {
                 for (int index = lane; index < count; index += 32) {
                     const int u = index / C::kTapsB, v = index - u * C::kTapsB;
                     const float* from = own + u * kMatrix + (v * W::kSpreadB + C::kLead) * kPitch;
-                    float sum = 0;
-#pragma unroll
-                    for (int n = 0; n < 8; ++n) sum += from[n * (W::kStrideB * kPitch + 1)];
-                    found((first * C::kTapsB + index) * W::kBlockChannels + channel + o, sum);
+                    found((first * C::kTapsB + index) * W::kBlockChannels + channel + o,
+                          diagonal_sum<W::kStrideB, kPitch>(from));
                 }
             }
             if constexpr (C::kHasBias) {
-                float sum = bias[o][0] + bias[o][1];
-                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                const float sum = sum_of_four(bias[o][0] + bias[o][1]);
                 if (lane == 0) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + o, sum);
             }
         }

@@ -23,14 +23,12 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     using Element = typename C::Element;
     constexpr unsigned kStageBytes = W::kStage * sizeof(Element);
     const TapsPlace<C> place(sizes, tiling);
-    const unsigned first_position = place.part * tiling.part_rows;
-    const unsigned end_position = min(first_position + tiling.part_rows, tiling.positions);
     const bool has_channels =
         (static_cast<long long>(place.group) * C::kChunks + place.chunk) * W::kChannels < sizes.out_channels;
-    unsigned position = has_channels ? first_position : end_position;
+    unsigned position = has_channels ? place.first : place.end;
 
     Element* const stages = shared_memory<Element>() + threadIdx.x / 32 * (C::kStages * W::kStage);
-    TapsCopies<C> copies(tensors, sizes, place, tiling, stages, position, end_position);
+    TapsCopies<C> copies(tensors, sizes, place, tiling, stages, position);
 #pragma unroll 1
     for (int k = 0; k < C::kStages - 1; ++k) copies.copy(k * kStageBytes, tensors, sizes);
 
@@ -49,7 +47,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     LinesSegment<W> segment;
     unsigned stage = 0, next_stage = (C::kStages - 1) * kStageBytes;  // in bytes
 #pragma unroll 1
-    while (segment.find(position, end_position, place, sizes, tiling, place.warp_tile)) {
+    while (segment.find(position, place, sizes, tiling, place.warp_tile)) {
         taps.begin();
         int phase = 0;
 #pragma unroll 1
@@ -71,7 +69,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     }
     wait_for_copies<0>();
 
-    finish_lines<W>(tensors, sizes, tiling, place, first_position, end_position, taps);
+    finish_lines<W>(tensors, sizes, tiling, place, taps);
 }
 
 }  // namespace dwconv

@@ -81,7 +81,7 @@ struct TapsCopies {
     static constexpr unsigned kSize = sizeof(Element);
     const TapsPlace<C>& place;
     const LinesTiling& tiling;
-    unsigned position, end_position;
+    unsigned position;
     LinesSegment<W> segment;
     int step = 0;
     bool g_channel, x_channel;    // exist
@@ -99,11 +99,10 @@ struct TapsCopies {
 
     __device__ __forceinline__ TapsCopies(const FilterGradients<Element>& tensors, const Sizes& sizes,
                                           const TapsPlace<C>& place_, const LinesTiling& tiling_, Element* stages,
-                                          unsigned first, unsigned end)
+                                          unsigned first)
         : place(place_),
           tiling(tiling_),
           position(first),
-          end_position(end),
           g_to(stages + own_tile() % W::kTiles * W::kChannels + own_lane() / W::kGPieces * W::kPitch +
                own_lane() % W::kGPieces * W::kGPiece),
           x_to(stages + W::kGElements + own_tile() % W::kTiles * (W::kChannels / C::kMultiplier) +
@@ -133,7 +132,7 @@ struct TapsCopies {
     __device__ __forceinline__ static int own_lane() { return static_cast<int>(threadIdx.x % 32 % C::kLanes); }
 
     __device__ __forceinline__ void begin(const FilterGradients<Element>& tensors, const Sizes& sizes) {
-        if (!segment.find(position, end_position, place, sizes, tiling, place.warp_tile)) {
+        if (!segment.find(position, place, sizes, tiling, place.warp_tile)) {
             segment.last = 0;  // nothing more to copy
             return;
         }
@@ -205,7 +204,7 @@ struct TapsCopies {
         const int row = segment.base + step * W::kReach;
 #pragma unroll
         for (int e = 0; e < W::kRows; ++e) {
-            if (static_cast<unsigned>(row + e * W::kApartA) >= static_cast<unsigned>(place.in_a)) continue;
+            if (!place.has_row(row + e * W::kApartA)) continue;
 #pragma unroll
             for (int d = 0; d < C::kTapsD; ++d) {
                 if (C::kVolume && !(segment.planes & 1u << d)) continue;
@@ -240,11 +239,8 @@ struct TapsCopies {
 #pragma unroll
         for (int k = 0; k < W::kXCopies; ++k) {
             if (kXAlways || (x_wanted & 1u << k))
-                copy_piece_to<C::kXBytes, C::kCached>(
-                    x_to, stage + k * W::kXStep * W::kXPitch * kSize, from,
-                    static_cast<unsigned>(row + k * W::kXStep * W::kApartA) < static_cast<unsigned>(place.in_a)
-                        ? x_exists
-                        : 0);
+                copy_piece_to<C::kXBytes, C::kCached>(x_to, stage + k * W::kXStep * W::kXPitch * kSize, from,
+                                                      place.has_row(row + k * W::kXStep * W::kApartA) ? x_exists : 0);
             from += W::kXStep * W::kApartA * place.x_a;
         }
     }

@@ -99,7 +99,7 @@ struct TapsSums {
         const int row = segment.base + number * W::kReach;
 #pragma unroll
         for (int e = 0; e < W::kRows; ++e) {
-            if (static_cast<unsigned>(row + e * W::kApartA) >= static_cast<unsigned>(place.in_a)) continue;
+            if (!place.has_row(row + e * W::kApartA)) continue;
 #pragma unroll
             for (int d = 0; d < C::kTapsD; ++d) {
                 if (C::kVolume && !(segment.planes & 1u << d)) continue;
@@ -114,8 +114,7 @@ struct TapsSums {
                     const int tap = e + back * W::kStrideA;
                     if (tap >= C::kTapsA) continue;
                     if (W::kFilterA % C::kTapsA != 0 && place.tap_a + tap >= W::kFilterA) continue;
-                    if (static_cast<unsigned>(number - back - segment.first) <
-                        static_cast<unsigned>(segment.end - segment.first))
+                    if (segment.has(number - back))
                         add(window, g[(Phase + W::kLive - back) % W::kLive], d * C::kTapsA + tap);
                 }
             }

@@ -29,10 +29,8 @@ __device__ __forceinline__ void taps_planes_nchw(const FilterGradients<typename 
         }
     }
     using Element = typename C::Element;
-    const unsigned first_position = place.part * tiling.part_rows;
-    const unsigned end_position = min(first_position + tiling.part_rows, tiling.positions);
-    unsigned image = tiling.rows.quotient(first_position) * C::kImages;  // the next one to copy
-    const unsigned end = tiling.rows.quotient(end_position) * C::kImages;
+    unsigned image = tiling.rows.quotient(place.first) * C::kImages;  // the next one to copy
+    const unsigned end = tiling.rows.quotient(place.end) * C::kImages;
     const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // tells compilers that it is uniform
     const long long channel = static_cast<long long>(place.group) * W::kBlockChannels + warp * C::kOwn;
 
@@ -71,7 +69,7 @@ __device__ __forceinline__ void taps_planes_nchw(const FilterGradients<typename 
     }
     wait_for_copies<0>();
     __syncthreads();
-    finish_lines<W>(tensors, sizes, tiling, place, first_position, end_position, taps);
+    finish_lines<W>(tensors, sizes, tiling, place, taps);
 }
 
 }  // namespace dwconv

@@ -258,8 +258,7 @@ struct TapsPlanesSums {
 #pragma unroll
                     for (int e = 0; e < 2; ++e)
                         if (W::g_column(block, lane % 4 * 2 + e) < C::kOutWidth) sum += bias[o][block][e];
-                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                sum = sum_of_four(sum);
                 if (lane == o) of_lane = sum;
             }
             if (lane < C::kOwn) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + lane, of_lane);

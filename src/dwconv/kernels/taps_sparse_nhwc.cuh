@@ -22,12 +22,10 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
                                                  const Sizes& sizes, const LinesTiling& tiling) {
     using W = TapsSparse<C>;
     const LinesPlace<W> place(sizes, tiling);
-    const unsigned first_position = place.part * tiling.part_rows;
-    const unsigned end_position = min(first_position + tiling.part_rows, tiling.positions);
 
     unsigned char* const stages = shared_memory<unsigned char>();
     StageGates<C::kStages, W::kThreads> gates(stages + W::kGatesAt);
-    LinesCopies<W> copies(tensors, sizes, place, tiling, stages, first_position, end_position);
+    LinesCopies<W> copies(tensors, sizes, place, tiling, stages);
 #pragma unroll 1
     for (unsigned k = 0; k < C::kStages; ++k) {
         // What no copy fills, beyond the image and behind the last line, must be zero.
@@ -42,9 +40,9 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
 
     TapsSparseSums<C> taps;
     LinesSegment<W> segment;
-    unsigned position = first_position, stage = 0, before = C::kStages;  // which step's stage is empty; none yet
+    unsigned position = place.first, stage = 0, before = C::kStages;  // which step's stage is empty; none yet
 #pragma unroll 1
-    while (segment.find(position, end_position, place, sizes, tiling)) {
+    while (segment.find(position, place, sizes, tiling)) {
         int phase = 0;
 #pragma unroll 1
         for (int step = segment.first; step < segment.last; ++step) {
@@ -64,7 +62,7 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
     }
     wait_for_copies<0>();
     __syncthreads();
-    finish_lines<W>(tensors, sizes, tiling, place, first_position, end_position, taps);
+    finish_lines<W>(tensors, sizes, tiling, place, taps);
 }
 
 }  // namespace dwconv

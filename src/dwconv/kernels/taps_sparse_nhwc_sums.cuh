@@ -115,7 +115,7 @@ struct TapsSparseSums {
         const int first = segment.base + number * W::kReach;
 #pragma unroll
         for (int e = 0; e < W::kRows; ++e) {
-            if (static_cast<unsigned>(first + e * W::kApartA) >= static_cast<unsigned>(place.in_a)) continue;
+            if (!place.has_row(first + e * W::kApartA)) continue;
 #pragma unroll
             for (int set = 0; set < W::kSets; ++set) {
                 if (e + set > 0) read_windows(from, e, set);
@@ -135,8 +135,7 @@ struct TapsSparseSums {
                             const int tap = e + back * W::kStrideA;
                             if (tap >= C::kTapsA) continue;
                             if (W::kFilterA % C::kTapsA != 0 && place.tap_a + tap >= W::kFilterA) continue;
-                            if (static_cast<unsigned>(number - back - segment.first) <
-                                static_cast<unsigned>(segment.end - segment.first))
+                            if (segment.has(number - back))
                                 multiply_sparse<Element>(sums[p][tap][c], uint4{a[0], a[1], a[2], a[3]},
                                                          g[p][(Phase + W::kLive - back) % W::kLive][set],
                                                          sums[p][tap][c], pattern);
@@ -171,18 +170,14 @@ struct TapsSparseSums {
                 for (int index = lane; index < 2 * count; index += 32) {
                     const int h = index / count, tap = index - h * count, u = tap / C::kTapsB;
                     const float* from = own + u * kMatrix + h * kChannel + (tap - u * C::kTapsB) * kPitch;
-                    float sum = 0;
-#pragma unroll
-                    for (int n = 0; n < 8; ++n) sum += from[n * (W::kStrideB * kPitch + 1)];
-                    found((first * C::kTapsB + tap) * W::kBlockChannels + channel + 2 * p + h, sum);
+                    found((first * C::kTapsB + tap) * W::kBlockChannels + channel + 2 * p + h,
+                          diagonal_sum<W::kStrideB, kPitch>(from));
                 }
             }
             if constexpr (C::kHasBias) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    float sum = bias[p][2 * h] + bias[p][2 * h + 1];
-                    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                    const float sum = sum_of_four(bias[p][2 * h] + bias[p][2 * h + 1]);
                     if (lane == 0) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + 2 * p + h, sum);
                 }
             }

@@ -109,7 +109,7 @@ def stage_bytes(problem: DepthwiseProblem, tile: Tile, one: Cut) -> int:
 
 def filter_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
     pitch = -(-tile.chunk // 4) * 4 + 4
-    return -(-problem.taps * pitch * (8 if problem.dtype == "float64" else 4) // 16) * 16
+    return -(-problem.taps * pitch * problem.sum_bytes // 16) * 16
 
 
 def vectors(problem: DepthwiseProblem, wanted: int) -> int:

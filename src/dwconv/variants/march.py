@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT
 from .parts import gathered
-from .strips import divided, too_deep, too_long, up
+from .strips import divided, reached, too_deep, too_long, up
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +30,16 @@ class Axis:
     apart: int
     classes: int
     stride: int
+
+    @property
+    def step(self) -> int:
+        """Inputs from one output to the next one, of all classes."""
+        return self.stride * self.apart // self.classes
+
+    @property
+    def reached(self) -> float:
+        """The share of pairs of outputs and taps that meet an input."""
+        return reached(self.filter, self.apart, self.size, self.step, self.padding, self.out)
 
 
 def axes(problem: DepthwiseProblem, turned: bool) -> tuple[Axis, Axis]:
@@ -55,23 +64,6 @@ def axes(problem: DepthwiseProblem, turned: bool) -> tuple[Axis, Axis]:
         )
 
     return (axis(1), axis(0)) if turned else (axis(0), axis(1))
-
-
-@lru_cache(maxsize=256)
-def reached(axis: Axis) -> float:
-    """The share of pairs of outputs and taps that meet an input.
-
-    >>> reached(axes(DepthwiseProblem(1, 8, (7, 7), (13, 13), padding=((6, 6), (6, 6))), False)[0])
-    0.5384615384615384
-    """
-    step = axis.stride * axis.apart // axis.classes if axis.classes else axis.stride
-    sampled = range(0, axis.out, max(1, axis.out // 64))
-    inside = 0
-    for i in sampled:
-        first = i * step - axis.padding
-        lowest = max(0, -(first // axis.apart) if first < 0 else 0)
-        inside += max(0, min(axis.filter - 1, (axis.size - 1 - first) // axis.apart) - lowest + 1)
-    return inside / (len(sampled) * axis.filter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,7 +217,7 @@ def chunk_of(problem: DepthwiseProblem, vector: int, most_bytes: int) -> int:
 
 def filter_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
     pitch = up(tile.chunk, 4) + 4
-    return up(problem.multiplier * problem.taps * pitch * (8 if problem.dtype == "float64" else 4), 16)
+    return up(problem.multiplier * problem.taps * pitch * problem.sum_bytes, 16)
 
 
 def stage_bytes(problem: DepthwiseProblem, tile: Tile, one: Cut) -> int:

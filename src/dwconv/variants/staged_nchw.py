@@ -265,13 +265,12 @@ class StagedNchw(Variant):
 
 def shared_bytes(problem: DepthwiseProblem, geometry: Geometry) -> int:
     """Filters, and the input or the results that take its place; 16 at least."""
-    sum_bytes = max(4, problem.element_bytes)
     image = geometry.image_vectors * 16
     if stages_outputs(problem, geometry):
-        element = sum_bytes if problem.epilogue.residual else problem.element_bytes
+        element = problem.sum_bytes if problem.epilogue.residual else problem.element_bytes
         outputs = geometry.planes * problem.multiplier * geometry.item_rows * problem.out_size[1]
         image = max(image, up((outputs + 16 // problem.element_bytes) * element, 16))
-    return geometry.filter_elements * sum_bytes + image
+    return geometry.filter_elements * problem.sum_bytes + image
 
 
 def cut(problem: DepthwiseProblem, tile: Tile, budget: int, limit: int) -> Geometry | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 from ..problem import DepthwiseProblem
 
@@ -60,6 +61,21 @@ def too_long(problem: DepthwiseProblem) -> str | None:
     return f"a padded row or column of {longest} elements is too long to be numbered in 31 bits"
 
 
+@lru_cache(maxsize=1024)
+def reached(taps: int, apart: int, size: int, stride: int, before: int, outputs: int) -> float:
+    """The share of pairs of outputs and taps of one dimension that meet an input; `before`: the padding.
+
+    >>> reached(13, 1, 7, 1, 6, 7)
+    0.5384615384615384
+    """
+    inside = 0
+    for tap in range(taps):
+        first = max(0, -((tap * apart - before) // stride))
+        last = (size - 1 + before - tap * apart) // stride
+        inside += max(0, min(outputs - 1, last) - first + 1)
+    return inside / (taps * outputs)
+
+
 def planar(problem: DepthwiseProblem) -> DepthwiseProblem:
     """The gradients of filters of two dimensions that one tap of a volume's depth is: output planes are the images.
 
@@ -82,6 +98,11 @@ def planar(problem: DepthwiseProblem) -> DepthwiseProblem:
         dilation=problem.dilation[1:],
         x_strides=(apart, channel, row, column),
     )
+
+
+def depth_taps(problem: DepthwiseProblem) -> int:
+    """Taps of the depth, each of which is a planar problem."""
+    return problem.filter[0] if problem.dims == 3 else 1
 
 
 def too_deep(problem: DepthwiseProblem) -> str | None:

@@ -13,7 +13,7 @@ from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
 from .base import Variant
 from .march import axes, march, marching_plan, unmarchable
-from .strips import divided, planar, up
+from .strips import depth_taps, divided, planar, up
 from .taps_lines_cost import Costs, seconds
 from .taps_lines_tiles import Cut, Layout, Tile, across_axis, spans
 
@@ -39,11 +39,11 @@ class LinesVariant(Variant):
         """Tiles in question, of a planar problem; which of them are worth timing, the predicted time says."""
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        planes, depth_taps = planar(problem), problem.filter[0] if problem.dims == 3 else 1
+        planes, deep = planar(problem), depth_taps(problem)
         timed: dict[Tile, tuple[float, Tile]] = {}  # of tiles that differ in their stages only, the best one
         illegal: list[Tile] = []
         for tile in dict.fromkeys(self.tiles(planes, device)):
-            one = self.cut(planes, device, tile, depth_taps)
+            one = self.cut(planes, device, tile, deep)
             if isinstance(one, str):
                 illegal.append(tile)
                 continue
@@ -103,14 +103,14 @@ class LinesVariant(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
-        planes, depth_taps = planar(problem), problem.filter[0] if problem.dims == 3 else 1
+        planes, deep = planar(problem), depth_taps(problem)
         if device.sm < FIRST_ARCHITECTURE:
             return rejected(f"tensor cores of {device.arch} have no such product")
         if reason := unmarchable(problem, planes):
             return rejected(reason)
         if max(spans(problem, tile)) >= 2**31:
             return rejected(f"{tile.lines} lines span more than 2**31 elements")
-        one = self.cut(planes, device, tile, depth_taps)
+        one = self.cut(planes, device, tile, deep)
         if isinstance(one, str):
             return rejected(one)
         constants = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
-from .march import axes, reached
+from .march import axes
 from .parts import gathered
 from .strips import divided
 from .taps_lines_tiles import Cut, Tile
@@ -54,7 +54,7 @@ class Costs:
 def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut, costs: Costs) -> float:
     """Predicted time: products, instructions, shared memory, L2 and DRAM beside each other, then the last blocks."""
     along, layout = axes(problem, tile.turned)[0], one.layout
-    met = reached(along) if along.filter == tile.taps[0] else min(1.0, 1.1 * reached(along))
+    met = along.reached if along.filter == tile.taps[0] else min(1.0, 1.1 * along.reached)
     products, pieces = layout.products * tile.taps[0] * met, one.rows * layout.x_pieces + layout.g_pieces
     step = products * costs.product + one.rows * layout.loads[0] + layout.loads[1]
     step += costs.piece * pieces + costs.step

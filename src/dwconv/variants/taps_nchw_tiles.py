@@ -9,6 +9,7 @@ from dataclasses import replace
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
+from .march import axes
 from .strips import divided, planar, up
 from .taps_nchw_geometry import geometry_of
 from .taps_nchw_layout import (
@@ -136,14 +137,7 @@ def shape_of(tile: Tile) -> tuple[int, ...]:
 
 def valid_share(problem: DepthwiseProblem, axis: int) -> float:
     """The share of the products along an axis that aren't with padding."""
-    (before, _), size, out = problem.padding[axis], problem.size[axis], problem.out_size[axis]
-    stride, apart, taps = problem.stride[axis], problem.dilation[axis], problem.filter[axis]
-    inside = 0
-    for u in range(taps):
-        first = max(0, -((u * apart - before) // stride))
-        last = (size - 1 + before - u * apart) // stride
-        inside += max(0, min(out - 1, last) - first + 1)
-    return inside / (taps * out)
+    return axes(problem, turned=False)[axis].reached
 
 
 def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[float, float, float]:

@@ -10,8 +10,8 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
 from .base import Variant
-from .march import axes, marching_plan, reached, unmarchable
-from .strips import planar
+from .march import axes, marching_plan, unmarchable
+from .strips import depth_taps, planar
 from .taps_nhwc_cost import seconds
 from .taps_nhwc_tiles import LARGE, Tile, cut, piece_bytes, tiles
 
@@ -32,27 +32,27 @@ class TapsNhwc(Variant):
     )
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        planes, depth_taps = planar(problem), problem.filter[0] if problem.dims == 3 else 1
+        planes, deep = planar(problem), depth_taps(problem)
         timed: dict[Tile, float] = {}
         illegal: list[Tile] = []
 
         def consider(tile: Tile) -> None:
-            one = cut(planes, device, tile, depth_taps) if piece_bytes(planes, tile) else None
+            one = cut(planes, device, tile, deep) if piece_bytes(planes, tile) else None
             if one is None:
                 illegal.append(tile)
             elif tile not in timed:
                 timed[tile] = seconds(planes, device, tile, one)
 
-        for tile in dict.fromkeys(tiles(planes, device, depth_taps)):
+        for tile in dict.fromkeys(tiles(planes, device, deep)):
             consider(tile)
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_SHAPES]:
             for stages in range(2, tile.stages):
                 consider(replace(tile, stages=stages))
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
             along, _ = axes(planes, tile.turned)
-            if along.filter > max(LARGE, tile.taps[0]) and reached(along) < UNEVEN and problem.element_bytes > 2:
+            if along.filter > max(LARGE, tile.taps[0]) and along.reached < UNEVEN and problem.element_bytes > 2:
                 waves = replace(tile, waves=WAVES)
-                several, one = (cut(planes, device, each, depth_taps) for each in (waves, tile))
+                several, one = (cut(planes, device, each, deep) for each in (waves, tile))
                 if several and one and several.march.parts > one.march.parts:
                     consider(waves)
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
@@ -81,7 +81,7 @@ class TapsNhwc(Variant):
         def rejected(reason: str) -> Rejection:
             return Rejection(self.stem, str(tile), reason)
 
-        planes, depth_taps = planar(problem), problem.filter[0] if problem.dims == 3 else 1
+        planes, deep = planar(problem), depth_taps(problem)
         if reason := unmarchable(problem, planes):
             return rejected(reason)
         if problem.multiplier > 1 and (tile.vector > 1 or tile.lanes % problem.multiplier):
@@ -89,7 +89,7 @@ class TapsNhwc(Variant):
         pieces = piece_bytes(planes, tile)
         if pieces is None:
             return rejected(f"{tile.vector} channels of a lane are no vector of each pixel")
-        one = cut(planes, device, tile, depth_taps)
+        one = cut(planes, device, tile, deep)
         if one is None:
             return rejected(f"the rows of a block take more than {device.shared_bytes - 1024} bytes")
         constants = {

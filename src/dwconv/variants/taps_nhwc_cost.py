@@ -8,7 +8,7 @@ from functools import lru_cache
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
-from .march import Axis, axes, reached
+from .march import Axis, axes
 from .parts import gathered
 from .strips import divided
 from .taps_nhwc_tiles import Cut, Tile, piece_bytes
@@ -36,15 +36,14 @@ def marched(axis: Axis, taps: int) -> float:
     """The share of outputs that meet an input in a tile of so many taps, on average of the tiles.
 
     >>> along = axes(DepthwiseProblem(1, 8, (7, 7), (13, 13), padding=((6, 6), (6, 6))), False)[0]
-    >>> marched(along, 13), round(marched(along, 1), 3) == round(reached(along), 3)
+    >>> marched(along, 13), round(marched(along, 1), 3) == round(along.reached, 3)
     (1.0, True)
     """
-    step = axis.stride * axis.apart // axis.classes if axis.classes else axis.stride
     met, tiles = 0, range(0, axis.filter, taps)
     for tap in tiles:
         lowest = axis.padding - (min(tap + taps, axis.filter) - 1) * axis.apart  # inputs that its last tap needs
         highest = axis.size - 1 + axis.padding - tap * axis.apart
-        met += max(0, min(axis.out - 1, highest // step) - max(0, -(-lowest // step)) + 1)
+        met += max(0, min(axis.out - 1, highest // axis.step) - max(0, -(-lowest // axis.step)) + 1)
     return met / (len(tiles) * axis.out)
 
 
@@ -68,7 +67,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     if one.march.tap_tiles > 1 or along.filter > along.out:
         share = marched(along, tile.taps[0])
         even = along.filter == tile.taps[0] or tile.waves > 1
-        fma *= min(1.0, reached(along) * (1.0 if even else 1.1) / share) if share else 0.0
+        fma *= min(1.0, along.reached * (1.0 if even else 1.1) / share) if share else 0.0
     if products * tile.taps[0] * tile.depth_taps > LONG_CODE:
         fma *= FETCHED
     loads = tile.columns + tile.depth_taps * one.rows * one.kept

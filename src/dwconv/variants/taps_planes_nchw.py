@@ -77,12 +77,11 @@ class Cut:
         stage_bytes: of a warp; shared_bytes: of a block; slab: rows of taps of a warp's channels that are in
             shared memory at the end.
         count: sums of a block, as whole vectors; sums: registers of a thread that hold them.
-        registers: of a thread.
         products: of matrices, of a warp and stage; reads, copies: instructions for them. Of several tiles of taps: on
             average.
-        groups: of channels; tap_tiles: of rows of taps; stages: of images; parts, part_stages: blocks of a group
-            and tile of taps, and stages of each.
+        part_stages: of a block.
         resident: blocks that a multiprocessor holds.
+        march: how blocks share the problem: a line is an image, a super-line a stage.
     """
 
     stage_bytes: int
@@ -90,16 +89,12 @@ class Cut:
     slab: int
     count: int
     sums: float
-    registers: int
     products: float
     reads: float
     copies: int
-    groups: int
-    tap_tiles: int
-    stages: int
-    parts: int
     part_stages: int
     resident: int
+    march: March
 
 
 def stretch(size: int, behind: int, images: int) -> tuple[int, int]:
@@ -151,13 +146,12 @@ class TapsPlanesNchw(Variant):
         one = unfit(problem, device) or cut(problem, device, tile)
         if isinstance(one, str):
             return Rejection(self.stem, str(tile), one)
-        rows = problem.out_size[0]
-        if (one.stages + one.part_stages) * max(rows, tile.images) >= 2**31:
+        if (one.march.super_lines + one.part_stages) * tile.images >= 2**31:
             return Rejection(self.stem, str(tile), "there are too many rows to number them in 31 bits")
         constants = {
             "HEIGHT": problem.size[0],
             "WIDTH": problem.size[1],
-            "OUT_HEIGHT": rows,
+            "OUT_HEIGHT": problem.out_size[0],
             "OUT_WIDTH": problem.out_size[1],
             "TAPS_A": tile.taps,
             "IMAGES": tile.images,
@@ -168,23 +162,12 @@ class TapsPlanesNchw(Variant):
             "SLAB": one.slab,
             "REPAIR": 1,
         }
-        shared = March(  # a line is an image, a super-line a stage
-            tap_tiles=one.tap_tiles,
-            groups=one.groups,
-            column_tiles=1,
-            lines=problem.batch,
-            super_lines=one.stages,
-            line_rows=rows,
-            positions=one.stages * rows,
-            parts=one.parts,
-            part_rows=one.part_stages * rows,
-        )
         return marching_plan(
             self.stem,
             problem,
             device,
-            shared,
-            f"{tile}, {one.parts} parts of {one.part_stages} stages",
+            one.march,
+            f"{tile}, {one.march.parts} parts of {one.part_stages} stages",
             constants,
             warps=tile.warps,
             shared_bytes=one.shared_bytes,
@@ -213,12 +196,17 @@ def unfit(problem: DepthwiseProblem, device: DeviceSpec) -> str | None:
     return None
 
 
+def whole_channels(problem: DepthwiseProblem, own: int) -> bool:
+    """Whether warps of so many channels have all outputs of their channels of x, and each channel a warp."""
+    return own % problem.multiplier == 0 and problem.out_channels % own == 0
+
+
 def tiles(problem: DepthwiseProblem) -> Iterator[Tile]:
     """Tiles in question."""
     # 16 images of 28 × 28 spill (5×5, NVRTC 13.0), and leave shared memory for few warps.
     for images in (16, 8) if problem.batch > 8 and problem.size[1] <= 16 else (8,):
         for own in (1, 2, 3, 4, 6, 8):
-            if own % problem.multiplier or problem.out_channels % own:
+            if not whole_channels(problem, own):
                 continue
             for taps in tap_rows(problem, images, own):
                 for warps in (4, 2, 3, 5, 6, 7, 8, 10, 12, 16):
@@ -291,7 +279,7 @@ def matrices(problem: DepthwiseProblem, first: int, tap_rows: int, images: int) 
 
 def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
     """How a tile divides a problem that isn't unfit, or why it can't."""
-    if tile.own % problem.multiplier or problem.out_channels % tile.own:
+    if not whole_channels(problem, tile.own):
         return (
             f"{tile.own} channels of a warp don't divide {problem.out_channels} into whole channels of x, "
             f"{problem.multiplier} outputs each"
@@ -327,23 +315,29 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
         slab=slab,
         count=up((tile.taps * problem.filter[1] + problem.bias) * tile.channels, 4),
         sums=tile.own * sums,
-        registers=registers,
         products=tile.own * products,
         reads=tile.own * reads,
         copies=x_copies + g_copies,
-        groups=groups,
-        tap_tiles=tap_tiles,
-        stages=stages,
-        parts=divided(stages, part_stages),
         part_stages=part_stages,
         resident=tile.min_blocks,
+        march=March(
+            tap_tiles=tap_tiles,
+            groups=groups,
+            column_tiles=1,
+            lines=problem.batch,
+            super_lines=stages,
+            line_rows=out_height,
+            positions=stages * out_height,
+            parts=divided(stages, part_stages),
+            part_rows=part_stages * out_height,
+        ),
     )
 
 
 def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
     """Predicted time: tensor cores, instructions, L2 and DRAM beside each other, then the last blocks' additions."""
     stage = one.products + one.reads + 1.5 * one.copies + STAGE
-    blocks = one.groups * one.tap_tiles * one.parts
+    blocks = one.march.blocks
     of_multiprocessor = divided(blocks, device.multiprocessors)
     waves, at_once = divided(of_multiprocessor, one.resident), min(one.resident, of_multiprocessor)
     warps = at_once * tile.warps
@@ -359,5 +353,6 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     body = float((dram**3 + issue**3 + tensor**3 + l2**3) ** (1 / 3))
     # While the last stages are multiplied, nothing arrives.
     body += (stage + FINISH * one.sums) * slots
-    last = PARTS + ROUND * gathered(one.count // 4, 32 * tile.warps, one.parts)[1] if one.parts > 1 else 0.0
+    parts = one.march.parts
+    last = PARTS + ROUND * gathered(one.count // 4, 32 * tile.warps, parts)[1] if parts > 1 else 0.0
     return LAUNCH_SECONDS + START + body + last

@@ -170,11 +170,10 @@ def rejected_tile(problem: DepthwiseProblem, tile: Tile) -> str | None:
 def shared_bytes(problem: DepthwiseProblem, tile: Tile, elements: int, table: int, taps: int) -> int:
     """Shared memory of a block: stages of x, float32 tiles of 16-bit ones, the filter, the table of vectors."""
     elements = -(-elements // 8) * 8  # every tile starts at a multiple of 16 bytes
-    sum_bytes = max(4, problem.element_bytes)
-    converted = 2 * sum_bytes if problem.element_bytes == 2 and problem.layout == "channels_first" else 0
+    converted = 2 * problem.sum_bytes if problem.element_bytes == 2 and problem.layout == "channels_first" else 0
     return (
         elements * (tile.stages * problem.element_bytes + converted)
-        + (0 if tile.held else taps * sum_bytes)
+        + (0 if tile.held else taps * problem.sum_bytes)
         + 4 * table
     )
 
@@ -226,7 +225,7 @@ def lane_taps(problem: DepthwiseProblem, tile: Tile) -> int:
     """Twin of `Volume::kTapPitch`: sums' elements that the filters of a lane take in shared memory."""
     march = March.of(problem, tile.reload)
     row = divided(problem.filter[2] * march.ages, 4) * 4
-    vector = 16 // max(4, problem.element_bytes)
+    vector = 16 // problem.sum_bytes
     return (march.period * problem.filter[1] * row * tile.vector // vector // 2 * 2 + 1) * vector
 
 

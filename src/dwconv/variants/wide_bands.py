@@ -185,7 +185,7 @@ class Band:
 
     @property
     def shared_bytes(self) -> int:
-        return 16 + self.shared_elements * max(4, self.problem.element_bytes)
+        return 16 + self.shared_elements * self.problem.sum_bytes
 
     @property
     def groups(self) -> tuple[int, int]:

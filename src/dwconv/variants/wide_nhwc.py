@@ -11,7 +11,7 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
-from .strips import too_long, window_columns
+from .strips import reached, too_long, window_columns
 from .wide_rows import (
     Cut,
     Tile,
@@ -20,7 +20,6 @@ from .wide_rows import (
     load_bytes,
     march_clocks,
     narrow,
-    reached,
     span,
     store_bytes,
     vector_of,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
-from .strips import window_columns
+from .strips import reached, window_columns
 
 NARROW = 8  # images of so few columns are compiled for: at 7x7 on 7x7, 12 of 49 products are with padding
 
@@ -141,7 +141,7 @@ def span(problem: DepthwiseProblem, tile: Tile, taps: int) -> int:
 def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None:
     """How a tile divides the problem; None where it doesn't fit in shared memory."""
     height, width = problem.out_size
-    size, sum_bytes = problem.element_bytes, 8 if problem.dtype == "float64" else 4
+    size = problem.element_bytes
     lanes = tile.channels // tile.vector
     most = tile.threads // lanes
     needed = -(-width // tile.columns)
@@ -166,7 +166,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
     if tile.march:
         filter_bytes = -(-tile.channels * problem.taps * size // 16) * 16
     else:
-        filter_bytes = problem.filter[0] * -(-problem.filter[1] * sum_bytes // 16) * 16 * tile.channels
+        filter_bytes = problem.filter[0] * -(-problem.filter[1] * problem.sum_bytes // 16) * 16 * tile.channels
     copies = -(-columns // max(1, groups * lanes * load_bytes(problem, tile) // (staged * size)))
     while True:
         out_bytes = tile.channels * groups * slots * tile.columns * size if store_bytes(problem, tile) == 16 else 0
@@ -211,21 +211,6 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
         resident=resident,
         copies=copies,
     )
-
-
-def reached(taps: int, apart: int, size: int, stride: int, before: int, outputs: int) -> float:
-    """The share of a filter's taps that lie inside the image, over the outputs of one dimension.
-
-    >>> reached(13, 1, 7, 1, 6, 7)
-    0.5384615384615384
-    """
-    sampled = range(0, outputs, max(1, outputs // 64))
-    inside = 0
-    for i in sampled:
-        first = i * stride - before
-        lowest = max(0, -(first // apart) if first < 0 else 0)
-        inside += max(0, min(taps - 1, (size - 1 - first) // apart) - lowest + 1)
-    return inside / (len(sampled) * taps)
 
 
 def most_in_rows(problem: DepthwiseProblem, rows: int, part_rows: int) -> int:
