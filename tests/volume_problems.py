@@ -13,16 +13,9 @@ from dwconv.emulator import build
 from dwconv.plan import Plan
 from dwconv.problem import DepthwiseProblem, Epilogue, Layout, dense_strides
 from problems import POISON, first_offset, make_inputs, poisoned
+from short_problems import problem
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-
-
-def problem(n, c, size, taps, stride=1, padding=0, dilation=1, **more) -> DepthwiseProblem:
-    def triple(value):
-        return value if isinstance(value, tuple) else (value,) * 3
-
-    pads = tuple(p if isinstance(p, tuple) else (p, p) for p in triple(padding))
-    return DepthwiseProblem(n, c, size, taps, triple(stride), pads, triple(dilation), **more)
 
 
 EVERYTHING = Epilogue("silu", scale=True, shift=True, residual=True)

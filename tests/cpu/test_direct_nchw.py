@@ -17,13 +17,9 @@ from dwconv.plan import Plan
 from dwconv.problem import DTYPE_BYTES, DepthwiseProblem, Epilogue
 from dwconv.variants.direct_nchw import DirectNchw
 from problems import in_kind, make_epilogue, make_inputs, make_output, problem_id
+from short_problems import problem
 
 VARIANT = DirectNchw()
-
-
-def problem(n, c, size, taps, stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype="float32", **more):
-    pads = tuple(pad if isinstance(pad, tuple) else (pad, pad) for pad in padding)
-    return DepthwiseProblem(n, c, size, taps, stride, pads, dilation, dtype=dtype, **more)
 
 
 def sequence(n, c, size, taps, stride=1, padding=(0, 0), dilation=1, **more):
@@ -131,7 +127,7 @@ def random_problem(numbers: random.Random) -> DepthwiseProblem:
         (stride, stride),
         (pad, pad),
         (dilation, dilation),
-        dtype,
+        dtype=dtype,
         bias=numbers.random() < 0.5,
         epilogue=Epilogue(numbers.choice([None, "silu"]), residual=numbers.random() < 0.2),
     )

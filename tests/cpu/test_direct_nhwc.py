@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+import short_problems
 from dwconv import emulator, reference
 from dwconv.compile import compile_plan
 from dwconv.device import H200, PRESETS
@@ -21,15 +23,7 @@ VARIANT = REGISTRY["direct_nhwc"]
 SMALL = replace(H200, multiprocessors=1)  # so that a block takes several tiles
 
 
-def problem(n, c, size, taps, stride=1, padding=0, dilation=1, dtype="float32", **more):
-    def pair(value):
-        return value if isinstance(value, tuple) else (value, value)
-
-    pads = tuple(pair(p) for p in pair(padding))
-    return DepthwiseProblem(
-        n, c, size, taps, pair(stride), pads, pair(dilation), dtype=dtype, layout="channels_last", **more
-    )
-
+problem = partial(short_problems.problem, layout="channels_last")
 
 EDGES = [
     problem(2, 8, (9, 11), (3, 3), padding=1),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+import short_problems
 from checks import check_input_gradient
 from dwconv.choose import candidates, choose
 from dwconv.compile import compile_many
@@ -22,10 +24,7 @@ from problems import LAYOUTS, in_kind, problem_id
 STEMS: dict[Layout, str] = {"channels_first": "phases_nchw", "channels_last": "phases_nhwc"}
 
 
-def problem(n, c, size, taps, stride=(2, 2), padding=(1, 1), dilation=(1, 1), dtype="float32", **more):
-    pads = tuple(pad if isinstance(pad, tuple) else (pad, pad) for pad in padding)
-    return DepthwiseProblem(n, c, size, taps, stride, pads, dilation, dtype=dtype, direction="grad_input", **more)
-
+problem = partial(short_problems.problem, stride=2, padding=1, direction="grad_input")
 
 # Each comes in every dtype and both layouts.
 SHAPES = [

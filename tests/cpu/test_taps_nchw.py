@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import short_problems
 from checks import check_filter_gradient
 from dwconv import emulator, reference
 from dwconv.choose import candidates, choose
@@ -26,8 +27,7 @@ VARIANT = REGISTRY["taps_nchw"]
 
 
 def problem_of(batch, channels, size, taps, padding=0, **others) -> DepthwiseProblem:
-    pads = tuple((padding, padding) for _ in size) if isinstance(padding, int) else padding
-    return DepthwiseProblem(batch, channels, size, taps, padding=pads, direction="grad_weight", **others)
+    return short_problems.problem(batch, channels, size, taps, padding=padding, direction="grad_weight", **others)
 
 
 def plan_of(problem: DepthwiseProblem, tile: Tile) -> Plan:
