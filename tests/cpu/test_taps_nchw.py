@@ -12,7 +12,7 @@ import short_problems
 from checks import check_filter_gradient
 from dwconv import emulator, reference
 from dwconv.choose import candidates, choose
-from dwconv.device import H200, PRESETS
+from dwconv.device import H200, PRESETS, DeviceSpec
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem
 from dwconv.variants import REGISTRY
@@ -30,8 +30,8 @@ def problem_of(batch, channels, size, taps, padding=0, **others) -> DepthwisePro
     return short_problems.problem(batch, channels, size, taps, padding=padding, direction="grad_weight", **others)
 
 
-def plan_of(problem: DepthwiseProblem, tile: Tile) -> Plan:
-    plan = VARIANT.plan(problem, H200, tile)
+def plan_of(problem: DepthwiseProblem, tile: Tile, device: DeviceSpec = H200) -> Plan:
+    plan = VARIANT.plan(problem, device, tile)
     assert isinstance(plan, Plan), plan
     return plan
 
@@ -113,6 +113,28 @@ def test_every_way_through_a_problem(way):
     expected = bits(check_filter_gradient(plan))
     assert torch.equal(bits(check_filter_gradient(plan, order_seed=3)), expected)
     check_filter_gradient(plan, order_seed=4, poison=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_where_all_threads_copy(way):
+    problem, tile, _ = WAYS[way]
+    plan = plan_of(problem, tile, PRESETS["sm_80"])
+    assert dict(plan.constants)["BULK"] == 0
+    assert plan.block == (tile.threads, 1, 1)
+    expected = bits(check_filter_gradient(plan))
+    assert torch.equal(bits(check_filter_gradient(plan, order_seed=3)), expected)
+    check_filter_gradient(plan, order_seed=4, poison=True)
+
+
+def test_a_warp_of_its_own_sends_stages_that_nothing_else_would_use_the_memory_of():
+    problem = problem_of(64, 32, (28, 28), (3, 3), 1)
+    for threads in (64, 128, 224):
+        tile = Tile(7, 7, 3, 3, threads)
+        plan, geometry = plan_of(problem, tile), geometry_of(problem, H200, tile)
+        assert isinstance(geometry, Geometry)
+        assert plan.block == (threads + 32, 1, 1)
+        assert 2 <= geometry.stages <= 4
+        assert geometry.blocks * (plan.shared_bytes + 1024) <= H200.shared_bytes
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ namespace dwconv {
 
 template <int Stages, int Threads>
 class StageGates {
-    static constexpr int kWarps = Threads / 32;
     unsigned full_;  // addresses of Stages gates of 8 bytes, then as many of empty stages
     unsigned round_ = 0;
 
@@ -47,7 +46,7 @@ public:
         if (threadIdx.x == 0)
             for (int k = 0; k < Stages; ++k) {
                 initialize(full_ + 8 * k, Threads);
-                initialize(full_ + 8 * (Stages + k), kWarps);
+                initialize(full_ + 8 * (Stages + k), Threads);
             }
 #endif
         __syncthreads();
@@ -61,11 +60,11 @@ public:
         wait(full_ + 8 * stage, round_);
 #endif
     }
-    // This warp has read it. All lanes call it.
+    // This thread has read it. One arrival for each warp would be 0.6 % faster (H200, 2026-11), but racecheck knows of
+    // no order among lanes where the compiler leaves out __syncwarp().
     __device__ __forceinline__ void is_read(unsigned stage) const {
 #ifndef DWCONV_EMULATOR
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(full_ + 8 * (Stages + stage));
+        arrive(full_ + 8 * (Stages + stage));
 #endif
     }
     // All warps have read stage `stage` in the round that was read `rounds_ago`, 0 or 1.

@@ -5,8 +5,9 @@
 //   db[c*M + j]          = sum over images n and outputs d, p, q of g[n, c*M + j, d, p, q]          float32 sums
 //   x [N,C,D,H,W], dense rows  g [N,C*M,OD,OH,OW]   dw [C*M,KD,KH,KW]   db [C*M] or null   64-bit offsets in elements
 //   A block sums one part of the images and bands of rows for a group of channels. In each stage it has planes, or
-//   bands of their rows, in shared memory while the next ones arrive; a thread has a tile of kRows x kColumns outputs
-//   of one plane and kTapRows x kTapColumns taps, whose sums stay in its registers until the end.
+//   bands of their rows, in shared memory while the next ones arrive, which one warp sends (kBulk) or all threads
+//   copy; a thread has a tile of kRows x kColumns outputs of one plane and kTapRows x kTapColumns taps, whose sums stay
+//   in its registers until the end.
 //   Planes of volumes count as images, anew for each tap t of the depth: each of g meets one of x, or none.
 //   grid.x = groups of channels * parts * KD; the last block of a group and t adds up its parts
 //   least DRAM traffic: x + g, once each; rows between bands come from L2, as x and g do for all but one of KD taps
@@ -66,7 +67,7 @@ constexpr int kTapsApart = 12;
 // Adds the products of all tiles that the thread has in one stage.
 template <class C, class Sum>
 __device__ __forceinline__ void add_stage(const typename C::Element* elements, const Sizes& sizes,
-                                          const TapsNchwTiling& tiling, const TapsNchwStage<C>& stage,
+                                          const TapsNchwTiling& tiling, const TapsNchwNote& stage,
                                           const TapsNchwPlace<C>& place, Sum (&sums)[C::kTapRows][C::kTapColumns],
                                           Sum& bias) {
     using Window = TapsNchwWindow<C>;
@@ -79,10 +80,10 @@ __device__ __forceinline__ void add_stage(const typename C::Element* elements, c
         !(C::kHasBias && place.tap_tile == 0))
         return;
     const TapsNchwMasks<C> masks(first_column, static_cast<int>(sizes.in_w));
-    const int x = static_cast<int>(tiling.x_begin) + stage.x_head + place.image * static_cast<int>(tiling.x.image) +
-                  place.plane / C::kMultiplier * static_cast<int>(tiling.x.plane) + first_column - stage.in_column;
-    const int g = static_cast<int>(tiling.g_begin) + stage.g_head + place.image * static_cast<int>(tiling.g.image) +
-                  place.plane * static_cast<int>(tiling.g.plane) + column - stage.column;
+    const int x = stage.x + place.image * static_cast<int>(tiling.x.image) +
+                  place.plane / C::kMultiplier * static_cast<int>(tiling.x.plane) + first_column;
+    const int g = stage.g + place.image * static_cast<int>(tiling.g.image) +
+                  place.plane * static_cast<int>(tiling.g.plane) + column;
     const int x_pitch = static_cast<int>(tiling.x.row), g_pitch = static_cast<int>(tiling.g.row);
     const int end =
         smaller(stage.nominal_row + static_cast<int>(tiling.band_row_tiles) * C::kRows, static_cast<int>(sizes.out_h));
@@ -91,7 +92,7 @@ __device__ __forceinline__ void add_stage(const typename C::Element* elements, c
          nominal_row += static_cast<int>(tiling.row_lanes) * C::kRows) {
         const int row = smaller(nominal_row, static_cast<int>(sizes.out_h) - C::kRows);
         const int first_row = row * C::kStrideH - C::kPadTop + place.tap_row * C::kDilationH;
-        const int x_row = x + (first_row - stage.in_row) * x_pitch, g_row = g + (row - stage.row) * g_pitch;
+        const int x_row = x + first_row * x_pitch, g_row = g + row * g_pitch;
         const auto add = [&](Sum(&into)[C::kTapRows][C::kTapColumns], Sum& into_bias) {
             add_tile<C>(elements, x_row, x_pitch, first_row, static_cast<int>(sizes.in_h), masks, g_row, g_pitch,
                         nominal_row - row, nominal_column - column, into, into_bias);
@@ -135,36 +136,69 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 
     const unsigned first = part * tiling.part_units;
     const unsigned last = min(first + tiling.part_units, tiling.units);
-    // Two stages: one is read while the next one arrives. The first one's copies are those of the loop, too: code that
-    // runs once has to be fetched from afar.
-    T* arriving = shared_memory<T>();
-    T* read = arriving + tiling.stage_elements;
-    unsigned unit = next_unit<C>(first, last, sizes, tiling, depth_tap);
-    TapsNchwStage<C> stage, next;
+    using Stages = BulkStages<C::kStages, C::kReaders>;
+    unsigned char* const shared = shared_memory<unsigned char>();
+    TapsNchwNote* const notes = reinterpret_cast<TapsNchwNote*>(shared + Stages::kBytes);
+    T* const elements = reinterpret_cast<T*>(notes + C::kStages);
+    // Fills a stage from the first unit on, from this one, that adds anything, and says which one it was.
+    const auto fill = [&](unsigned unit, unsigned which, const Stages* stages) {
+        unit = next_unit<C>(unit, last, sizes, tiling, depth_tap);
+        TapsNchwNote note{last, 0, 0, 0, 0, 0};
+        if (unit < last)
+            note = copy_stage<C>(tensors, sizes, tiling, channel, channels, depth_tap, unit,
+                                 elements + which * tiling.stage_elements, stages);
+        if (threadIdx.x % (C::kBulk ? 32 : C::kThreads) == 0) notes[which] = note;
+        return unit;
+    };
+    const auto read = [&](const TapsNchwNote& note, unsigned which) {
+        if (takes_part) add_stage<C>(elements + which * tiling.stage_elements, sizes, tiling, note, place, sums, bias);
+    };
+    if constexpr (C::kBulk) {
+        Stages stages(shared);
+        if (threadIdx.x >= C::kReaders) {
 #pragma unroll 1
-    for (bool arrived = false; arrived || unit < last;) {
-        const bool arrives = unit < last;
-        if (arrives) {
-            next = TapsNchwStage<C>(sizes, tiling, unit);
-            copy_stage<C>(tensors, sizes, tiling, channel, channels, depth_tap, next, arriving);
-            end_of_copies();
-            unit = next_unit<C>(unit + 1, last, sizes, tiling, depth_tap);
+            for (unsigned unit = min(first, last); unit <= last; ++unit, stages.next()) {
+                stages.wait_until_empty();
+                unit = fill(unit, stages.stage(), &stages);
+                stages.sent();
+            }
+        } else {
+#pragma unroll 1
+            for (bool ended = false; !ended; stages.next()) {
+                stages.wait_until_full();
+                const TapsNchwNote note = notes[stages.stage()];
+                ended = note.images == 0;
+                if (ended) continue;
+                read(note, stages.stage());
+                stages.is_read();
+            }
         }
-        if (arrived && takes_part) add_stage<C>(read, sizes, tiling, stage, place, sums, bias);
-        wait_for_copies<0>();
-        __syncthreads();  // the stage is there for all threads, and none reads the other one any more
-        T* const other = arriving;
-        arriving = read;
-        read = other;
-        stage = next;
-        arrived = arrives;
+    } else {
+        // Two stages: one is read while the next one arrives. The first copies are those of the loop, too: code that
+        // runs once has to be fetched from afar.
+        unsigned unit = first;
+        bool ended = false;
+#pragma unroll 1
+        for (int number = -2; !ended; ++number) {
+            const unsigned which = number & 1;
+            if (number >= 0) {
+                wait_for_copies<1>();
+                __syncthreads();
+                const TapsNchwNote note = notes[which];
+                ended = note.images == 0;
+                if (!ended) read(note, which);
+                __syncthreads();  // none reads the stage any more
+            }
+            unit = fill(unit, which, nullptr) + 1;
+            end_of_copies();
+        }
     }
 
     // Sums of the block: number q * kSums + k is sum k of plane and tap tile q.
     const int planes = static_cast<int>(tiling.planes.divisor), images = static_cast<int>(tiling.group_images);
     const int quantities = planes * static_cast<int>(tiling.tap_tiles.divisor);
     const int lanes = static_cast<int>(tiling.lanes.divisor), outputs = quantities * kSums;
-    Sum* const totals = shared_memory<Sum>();
+    Sum* const totals = reinterpret_cast<Sum*>(elements);
     Sum* const values = totals + tiling.scratch;  // kAtOnce of each thread, and scratch behind them
     // Threads that add up different sums read different banks: the values of a sum take an odd number of words.
     constexpr int kAtOnce = C::kAtOnce, kPitch = C::kThreads + 1;
@@ -261,10 +295,14 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 #define DWCONV_AT_ONCE 9
 #define DWCONV_CACHED 0
 #define DWCONV_VOLUME 0
+#define DWCONV_BULK 1
+#define DWCONV_STAGES 2
 #endif
 
 struct Config : ProblemConfig {
-    static constexpr int kThreads = DWCONV_THREADS, kMinBlocks = DWCONV_MIN_BLOCKS;
+    static constexpr bool kBulk = DWCONV_BULK;  // a warp of its own sends lines to stages
+    static constexpr int kReaders = DWCONV_THREADS, kThreads = kReaders + (kBulk ? 32 : 0);
+    static constexpr int kMinBlocks = DWCONV_MIN_BLOCKS, kStages = DWCONV_STAGES;
     static constexpr int kRows = DWCONV_ROWS, kColumns = DWCONV_COLUMNS;  // outputs of a tile
     // Taps of a tile: neighbouring ones of the depth, each with as many of its plane.
     static constexpr int kTapRows = DWCONV_TAP_ROWS, kTapColumns = DWCONV_TAP_COLUMNS;

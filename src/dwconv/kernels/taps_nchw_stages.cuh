@@ -1,7 +1,9 @@
 // taps_nchw_stages.cuh: which planes, rows and columns a block of taps_nchw has in shared memory, and their way there
 //   Elements stand in shared memory as they stand in memory, at the same place modulo 16 bytes: neighbouring rows (and
-//   planes, where x is dense) come as one stretch, in pieces of 16 bytes, whatever the length of a row is.
+//   planes, where x is dense) come as one stretch, whatever the length of a row is. On sm_90 and newer (kBulk) a warp
+//   of its own sends the lines of stages, each by one instruction; before, all threads copy pieces of 16 bytes.
 #pragma once
+#include "bulk_copies.cuh"
 #include "copies.cuh"
 #include "filter_gradients.cuh"
 
@@ -44,9 +46,7 @@ struct TapsNchwStage {
     int images;
     int nominal_row, row, rows, nominal_column, column, columns;  // nominal: before the last tile is moved inside
     int in_row, in_rows, in_column, in_columns;
-    int x_head, g_head;  // elements between a multiple of 16 bytes and the first of x, of g
 
-    TapsNchwStage() = default;
     __device__ __forceinline__ TapsNchwStage(const Sizes& sizes, const TapsNchwTiling& tiling, unsigned unit) {
         const int out_h = static_cast<int>(sizes.out_h), out_w = static_cast<int>(sizes.out_w);
         const int in_h = static_cast<int>(sizes.in_h), in_w = static_cast<int>(sizes.in_w);
@@ -79,18 +79,30 @@ struct TapsNchwStage {
     }
 };
 
+// What the threads that read a stage know of it.
+struct alignas(16) TapsNchwNote {
+    unsigned unit;
+    int images;  // 0: there is no stage any more
+    int nominal_row, nominal_column;
+    int x, g;  // where row 0 and column 0 of the first plane would stand, in elements from the stage's first
+};
+
 // Elements from the last multiple of 16 bytes to this address.
 template <class T>
 __device__ __forceinline__ int elements_behind_vector(const T* address) {
     return static_cast<int>(reinterpret_cast<unsigned long long>(address) % 16 / sizeof(T));
 }
 
-// Lines of memory, all of `length` elements: inner ones one step apart, and sets of them one outer step.
+// Lines of x or g, all of `length` elements: inner ones one step apart, and sets of them one outer step.
+template <class T>
 struct TapsNchwLines {
+    const T *from, *begin, *end;  // the first line; what it reads lies in [begin, end)
+    T* into;
     int length, inner, outer;
     long long inner_step, outer_step;  // in memory
     int inner_pitch, outer_pitch;      // in shared memory
 
+    TapsNchwLines() = default;
     // Rows of the planes of one image (by_rows), or planes, or all planes of each image as one line.
     __device__ __forceinline__ TapsNchwLines(const TapsNchwPitches& pitches, bool by_rows, int images, int planes,
                                              int rows, int columns, long long image_step, long long plane_step,
@@ -105,31 +117,63 @@ struct TapsNchwLines {
           outer_step(by_rows ? plane_step : image_step),
           inner_pitch(static_cast<int>(by_rows ? pitches.row : pitches.plane)),
           outer_pitch(static_cast<int>(by_rows ? pitches.plane : pitches.image)) {}
+
+    __device__ __forceinline__ int count() const { return inner * outer; }
+
+    // One of two, field by field: a reference to one of them would keep both in local memory.
+    __device__ __forceinline__ static TapsNchwLines either(bool is_first, const TapsNchwLines& first,
+                                                           const TapsNchwLines& second) {
+        TapsNchwLines found;
+        found.from = is_first ? first.from : second.from;
+        found.begin = is_first ? first.begin : second.begin;
+        found.end = is_first ? first.end : second.end;
+        found.into = is_first ? first.into : second.into;
+        found.length = is_first ? first.length : second.length;
+        found.inner = is_first ? first.inner : second.inner;
+        found.outer = is_first ? first.outer : second.outer;
+        found.inner_step = is_first ? first.inner_step : second.inner_step;
+        found.outer_step = is_first ? first.outer_step : second.outer_step;
+        found.inner_pitch = is_first ? first.inner_pitch : second.inner_pitch;
+        found.outer_pitch = is_first ? first.outer_pitch : second.outer_pitch;
+        return found;
+    }
 };
 
-// Copies lines that begin at `from`; what it reads lies in [begin, end). Teams of threads take a line each.
+// Where one line begins, in memory and in shared memory: both multiples of 16 bytes, `before` elements before it.
+template <class T>
+struct TapsNchwLine {
+    const T* from;
+    T* to;
+    int before;
+
+    __device__ __forceinline__ TapsNchwLine(const TapsNchwLines<T>& lines, int number) {
+        constexpr int kVector = 16 / sizeof(T);
+        const int o = lines.inner == 1 ? number : number / lines.inner, i = number - o * lines.inner;
+        const int place = elements_behind_vector(lines.from) + o * lines.outer_pitch + i * lines.inner_pitch;
+        before = place % kVector;
+        from = lines.from + (o * lines.outer_step + i * lines.inner_step - before);
+        to = lines.into + (place - before);
+    }
+};
+
+// Copies lines. Teams of threads take a line each.
 template <class C, class T>
-__device__ __forceinline__ void copy_lines(T* into, const T* from, const T* begin, const T* end,
-                                           const TapsNchwLines& lines, const FastDivisor& team) {
+__device__ __forceinline__ void copy_lines(const TapsNchwLines<T>& lines, const FastDivisor& team) {
     constexpr int kVector = 16 / sizeof(T);
     const int threads = static_cast<int>(team.divisor), teams = static_cast<int>(team.quotient(C::kThreads));
     const int index = static_cast<int>(team.quotient(threadIdx.x)),
               rank = static_cast<int>(threadIdx.x) - index * threads;
     if (index >= teams) return;
-    const int head = elements_behind_vector(from);
 #pragma unroll 1
-    for (int number = index; number < lines.inner * lines.outer; number += teams) {
-        const int o = lines.inner == 1 ? number : number / lines.inner, i = number - o * lines.inner;
-        const int place = head + o * lines.outer_pitch + i * lines.inner_pitch, before = place % kVector;
-        const T* const line = from + (o * lines.outer_step + i * lines.inner_step - before);  // at 16 bytes
-        T* const to = into + (place - before);
-        const int extent = before + lines.length;
-        if (line >= begin && line + (extent + kVector - 1) / kVector * kVector <= end) {
+    for (int number = index; number < lines.count(); number += teams) {
+        const TapsNchwLine<T> line(lines, number);
+        const int extent = line.before + lines.length;
+        if (line.from >= lines.begin && line.from + (extent + kVector - 1) / kVector * kVector <= lines.end) {
 #pragma unroll 4
             for (int at = rank * kVector; at < extent; at += kVector * threads)
-                copy_piece_or_zero<16, C::kCached>(to + at, line + at, true);
+                copy_piece_or_zero<16, C::kCached>(line.to + at, line.from + at, true);
         } else {  // at the ends of the tensor: nothing before it or behind it is read
-            for (int at = before + rank; at < extent; at += threads) to[at] = load_one(line + at);
+            for (int at = line.before + rank; at < extent; at += threads) line.to[at] = load_one(line.from + at);
         }
     }
 }
@@ -178,39 +222,61 @@ __device__ __forceinline__ unsigned next_unit(unsigned unit, unsigned last, cons
     return unit;
 }
 
-// Starts the copies of a stage's rows of x and g into shared memory.
-template <class C>
-__device__ __forceinline__ void copy_stage(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,
-                                           const TapsNchwTiling& tiling, int channel, int channels, int depth_tap,
-                                           TapsNchwStage<C>& stage, typename C::Element* into) {
+// Starts the copies of a unit's rows of x and g to `into`, and says where they will stand. `stages`: of kBulk, what its
+// warp sends them to.
+template <class C, class Stages>
+__device__ __forceinline__ TapsNchwNote copy_stage(const FilterGradients<typename C::Element>& tensors,
+                                                   const Sizes& sizes, const TapsNchwTiling& tiling, int channel,
+                                                   int channels, int depth_tap, unsigned unit,
+                                                   typename C::Element* into, const Stages* stages) {
     using T = typename C::Element;
+    using Lines = TapsNchwLines<T>;
+    const TapsNchwStage<C> stage(sizes, tiling, unit);
+    TapsNchwNote note{unit, stage.images, stage.nominal_row, stage.nominal_column, 0, 0};
     const bool by_rows = tiling.column_bands.divisor > 1;
     const TapsNchwPlanes<C, unsigned> planes(sizes, tiling, stage.image, depth_tap);
-    if (planes.x_exists()) {
-        const T* const end =
-            tensors.x + (planes.last_of_x(sizes, tiling) + (sizes.out_channels / C::kMultiplier - 1) * sizes.x_channel +
+    const bool x_exists = planes.x_exists();
+    Lines x(tiling.x, by_rows, stage.images, channels, stage.in_rows, stage.in_columns, sizes.x_image, sizes.x_channel,
+            sizes.in_w);
+    x.from = tensors.x + ((x_exists ? planes.in_x(sizes) : 0) + channel * sizes.x_channel +
+                          (stage.in_row * sizes.in_w + stage.in_column));
+    x.begin = tensors.x;
+    x.end = tensors.x + (planes.last_of_x(sizes, tiling) + (sizes.out_channels / C::kMultiplier - 1) * sizes.x_channel +
                          sizes.in_h * sizes.in_w);
-        const T* const from = tensors.x + (planes.in_x(sizes) + channel * sizes.x_channel +
-                                           (stage.in_row * sizes.in_w + stage.in_column));
-        stage.x_head = elements_behind_vector(from);
-        copy_lines<C>(into + tiling.x_begin, from, tensors.x, end,
-                      TapsNchwLines(tiling.x, by_rows, stage.images, channels, stage.in_rows, stage.in_columns,
-                                    sizes.x_image, sizes.x_channel, sizes.in_w),
-                      tiling.x_team);
-    } else {  // g is summed for the bias beside zeros
-        stage.x_head = 0;
-        for (unsigned at = tiling.x_begin + threadIdx.x; at < tiling.g_begin; at += C::kThreads) into[at] = T();
+    x.into = into + tiling.x_begin;
+    note.x = static_cast<int>(tiling.x_begin) + elements_behind_vector(x.from) -
+             stage.in_row * static_cast<int>(tiling.x.row) - stage.in_column;
+
+    const long long plane = sizes.out_h * sizes.out_w, channel_step = C::kVolume ? sizes.out_d * plane : plane;
+    Lines g(tiling.g, by_rows, stage.images, channels * C::kMultiplier, stage.rows, stage.columns,
+            sizes.out_channels * plane, channel_step, sizes.out_w);
+    g.from =
+        tensors.g + (planes.in_g(sizes, channel * C::kMultiplier) * plane + (stage.row * sizes.out_w + stage.column));
+    g.begin = tensors.g;
+    g.end = tensors.g + sizes.planes * channel_step;
+    g.into = into + tiling.g_begin;
+    note.g = static_cast<int>(tiling.g_begin) + elements_behind_vector(g.from) -
+             stage.row * static_cast<int>(tiling.g.row) - stage.column;
+
+    constexpr unsigned kTogether = C::kBulk ? 32 : C::kThreads;
+    if (!x_exists) {  // g is summed for the bias beside zeros
+        for (unsigned at = tiling.x_begin + threadIdx.x % kTogether; at < tiling.g_begin; at += kTogether)
+            into[at] = T();
+        if constexpr (C::kBulk) own_writes_before_copies();
     }
-    {
-        const long long plane = sizes.out_h * sizes.out_w, channel_step = C::kVolume ? sizes.out_d * plane : plane;
-        const T* const from = tensors.g + (planes.in_g(sizes, channel * C::kMultiplier) * plane +
-                                           (stage.row * sizes.out_w + stage.column));
-        stage.g_head = elements_behind_vector(from);
-        copy_lines<C>(into + tiling.g_begin, from, tensors.g, tensors.g + sizes.planes * channel_step,
-                      TapsNchwLines(tiling.g, by_rows, stage.images, channels * C::kMultiplier, stage.rows,
-                                    stage.columns, sizes.out_channels * plane, channel_step, sizes.out_w),
-                      tiling.g_team);
+    if constexpr (C::kBulk) {  // a line for each lane, of x and of g at once
+        const int of_x = x_exists ? x.count() : 0, all = of_x + g.count();
+#pragma unroll 1
+        for (int number = static_cast<int>(threadIdx.x % 32); number < all; number += 32) {
+            const Lines lines = Lines::either(number < of_x, x, g);
+            const TapsNchwLine<T> line(lines, number < of_x ? number : number - of_x);
+            send_line(*stages, line.to, line.from, line.before, lines.length, lines.begin, lines.end);
+        }
+    } else {
+        if (x_exists) copy_lines<C>(x, tiling.x_team);
+        copy_lines<C>(g, tiling.g_team);
     }
+    return note;
 }
 
 }  // namespace dwconv

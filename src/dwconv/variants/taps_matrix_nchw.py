@@ -82,6 +82,7 @@ class TapsMatrixNchw(LinesVariant):
         rows, live = min(along.stride, tile.taps[0]), divided(tile.taps[0], along.stride)
         x_pieces, g_pieces = pieces(x_positions, x_own, x_elements), pieces(g_positions, tile.own, g_elements)
         registers = tile.own * (4 * tile.taps[0] * matrices + 2 * live * sets + 4 * matrices + 4 * problem.bias)
+        registers += 8 * tile.own * (sets - 1)  # else 10 of 12 tiles of two sets didn't fit (sm_90, NVRTC 13.0)
         return Layout(
             lead=lead,
             width=across.size if is_narrow else 0,

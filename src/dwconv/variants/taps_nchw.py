@@ -11,7 +11,7 @@ from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
 from .strips import planar, too_deep, too_long
 from .taps_nchw_geometry import geometry_of
-from .taps_nchw_layout import Geometry, Tile, at_once, whole
+from .taps_nchw_layout import BULK_COPIES, Geometry, Tile, at_once, whole
 from .taps_nchw_tiles import taps_seconds, tiles_of
 
 
@@ -50,9 +50,9 @@ class TapsNchw(Variant):
             problem=problem,
             device=device,
             variant=self.stem,
-            constants=constants_of(problem, tile, geometry),
+            constants=constants_of(problem, device, tile, geometry),
             grid=(geometry.groups * geometry.parts, 1, 1),
-            block=(tile.threads, 1, 1),
+            block=(geometry.threads, 1, 1),
             shared_bytes=geometry.shared_bytes,
             sizes=problem_sizes(problem),
             tiling=tiling_of(problem, geometry),
@@ -78,7 +78,9 @@ def unlaunchable(problem: DepthwiseProblem) -> str | None:
     return None
 
 
-def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[tuple[str, int | str], ...]:
+def constants_of(
+    problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry
+) -> tuple[tuple[str, int | str], ...]:
     """What is compiled in: the problem's constants, and the tile's."""
     planes = planar(problem)
     found = problem_constants(problem) | {
@@ -99,6 +101,8 @@ def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> t
         "AT_ONCE": at_once(planes, tile, geometry),
         "CACHED": int(geometry.cached),
         "VOLUME": int(problem.dims == 3),
+        "BULK": int(device.sm >= BULK_COPIES),
+        "STAGES": geometry.stages,
     }
     return tuple(sorted(found.items()))
 

@@ -9,7 +9,17 @@ from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .banks import banked
 from .strips import divided, planar, up
-from .taps_nchw_layout import Geometry, Pitches, Tile, read_widths, registers, shared_bytes
+from .taps_nchw_layout import (
+    BULK_COPIES,
+    HEAD_BYTES,
+    MOST_STAGES,
+    Geometry,
+    Pitches,
+    Tile,
+    read_widths,
+    registers,
+    shared_bytes,
+)
 
 SHORT_LINE = 1024  # bytes: shorter lines come through L1, for the sectors that two of them share
 MOST_PARTIAL = 1 << 26  # bytes
@@ -76,7 +86,9 @@ def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ge
     for budget in (device.shared_bytes // 2 - 1024, device.shared_bytes - 1024):  # two blocks, or one
         threads = room
         while threads >= 1:
-            found = _cut(problem, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns, out_depth)
+            found = _cut(
+                problem, device, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns, out_depth
+            )
             if found.shared_bytes <= budget:
                 found = replace(found, groups=found.groups * depth_taps, depth_taps=depth_taps)
                 return _parted(problem, device, tile, _spread(problem, tile, found))
@@ -86,6 +98,7 @@ def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ge
 
 def _cut(
     problem: DepthwiseProblem,
+    device: DeviceSpec,
     tile: Tile,
     threads: int,
     row_tiles: int,
@@ -158,6 +171,7 @@ def _cut(
         cached=min(x.line_bytes, g.line_bytes) < SHORT_LINE, x=x, g=g, x_begin=x_begin, g_begin=g_begin,
         stage_elements=stage_elements, scratch=up(outputs + 1, 4), shared_bytes=0, partial_bytes=0,
         used=images * planes * tiled_taps * lanes * column_tiles,
+        threads=tile.threads + (32 if device.sm >= BULK_COPIES else 0),
     )  # fmt: skip
     return replace(found, shared_bytes=shared_bytes(problem, tile, found))
 
@@ -216,9 +230,9 @@ def _spread(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> Geomet
 def resident(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry) -> int:
     """Blocks that a multiprocessor holds."""
     needed = up(min(255, registers(problem, tile)), 8)
-    by_registers = device.registers // (tile.threads * needed)
+    by_registers = device.registers // (geometry.threads * needed)
     return max(
-        1, min(device.shared_bytes // (geometry.shared_bytes + 1024), by_registers, device.threads // tile.threads)
+        1, min(device.shared_bytes // (geometry.shared_bytes + 1024), by_registers, device.threads // geometry.threads)
     )
 
 
@@ -240,6 +254,10 @@ def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry:
     each = divided(geometry.units, best)
     parts = divided(geometry.units, each)
     found = replace(geometry, parts=parts, part_units=each, blocks=blocks)
+    if device.sm >= BULK_COPIES:  # as many stages as the memory holds anyway
+        room = device.shared_bytes // blocks - 1024
+        stages = room // (geometry.stage_elements * problem.element_bytes + HEAD_BYTES)
+        found = replace(found, stages=max(2, min(MOST_STAGES, stages, each + 1)))
     return replace(
         found,
         shared_bytes=shared_bytes(problem, tile, found),

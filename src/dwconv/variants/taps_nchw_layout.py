@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from ..problem import DepthwiseProblem
 from .strips import divided, up
 
+BULK_COPIES = 90  # the first architecture whose copies take an instruction each, whatever their length
+HEAD_BYTES = 48  # of shared memory, before the stages, for each of them: two gates and a note
+MOST_STAGES = 4
 AT_ONCE = 16  # sums of each thread that are added up at once, or more where stages have taken the room for them
 
 
@@ -18,7 +21,7 @@ class Tile:
     Attributes:
         rows, columns: outputs of a tile, which a thread has in registers.
         tap_rows, tap_columns: taps whose sums it has.
-        threads: of a block.
+        threads: of a block that have tiles.
     """
 
     rows: int
@@ -79,6 +82,8 @@ class Geometry:
         scratch: sums of a block in shared memory.
         blocks: that a multiprocessor holds.
         used: threads of a block that have a tile.
+        threads: of a block, with the warp that sends stages, if there is one.
+        stages: that a block has room for.
         read_clocks: of shared memory, for a warp's read of x, of g.
     """
 
@@ -111,6 +116,12 @@ class Geometry:
     used: int = 0
     depth_taps: int = 1
     read_clocks: tuple[int, int] = (1, 1)
+    threads: int = 0
+    stages: int = 2
+
+    @property
+    def head_bytes(self) -> int:
+        return HEAD_BYTES * self.stages
 
 
 def read_widths(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
@@ -152,24 +163,24 @@ def window_width(problem: DepthwiseProblem, tile: Tile) -> int:
 
 
 def shared_bytes(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
-    """Two stages; in the end the sums of all threads."""
+    """All stages; in the end the sums of all threads."""
     sums = tile.taps + problem.bias
     quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
-    of_block = min(sums, AT_ONCE) * _each_sum(problem, tile, geometry)
+    of_block = min(sums, AT_ONCE) * _each_sum(problem, geometry)
     of_parts = quantities * sums * divided(geometry.parts, 8)
     scratch = (geometry.scratch + max(of_block, of_parts)) * problem.sum_bytes
-    return max(2 * geometry.stage_elements * problem.element_bytes, up(scratch, 16))
+    return geometry.head_bytes + max(geometry.stages * geometry.stage_elements * problem.element_bytes, up(scratch, 16))
 
 
-def _each_sum(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
+def _each_sum(problem: DepthwiseProblem, geometry: Geometry) -> int:
     """Elements of shared memory in which one sum of every thread is added up."""
     quantities = geometry.channels * problem.multiplier * geometry.tap_tiles
     terms = geometry.images * geometry.row_lanes * geometry.column_tiles
-    return tile.threads + 1 + quantities * divided(terms, 8)
+    return geometry.threads + 1 + quantities * divided(terms, 8)
 
 
 def at_once(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> int:
     """Sums of each thread that are added up at once: as few times as there is room for, alike many each time."""
     sums = tile.taps + problem.bias
-    room = geometry.shared_bytes // problem.sum_bytes - geometry.scratch
-    return divided(sums, divided(sums, room // _each_sum(problem, tile, geometry)))
+    room = (geometry.shared_bytes - geometry.head_bytes) // problem.sum_bytes - geometry.scratch
+    return divided(sums, divided(sums, room // _each_sum(problem, geometry)))

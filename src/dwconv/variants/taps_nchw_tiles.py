@@ -13,9 +13,9 @@ from .march import axes
 from .strips import divided, planar, up
 from .taps_nchw_geometry import geometry_of
 from .taps_nchw_layout import (
+    BULK_COPIES,
     Geometry,
     Tile,
-    at_once,
     read_widths,
     registers,
     whole,
@@ -35,17 +35,20 @@ SMALL_TILE = 42
 LONG_CODE = 1600  # products: longer code seldom pays
 MOST_STEPS = 24000  # of the loops around a product: in longer ones the compiler leaves g in local memory
 THREADS = (64, 128, 192)
-MORE_THREADS = (96, 160, 256)  # for the shapes of the BETTER best
+MORE_THREADS = (96, 160, 224, 256)  # for the shapes of the BETTER best
 BETTER = 6
 
 # Of the cost model, as fitted.
-ROW_WAIT = 27  # instructions that could have been issued while the reads of a row of x are on their way
-NEAR_CODE, MOST_CODE, CODE_SLOWS = 400, 4000, 0.12  # longer code is fetched from farther away
-STAGE_INSTRUCTIONS = 510  # places of lines, barriers
-READ_CLOCKS, COPY_CLOCKS = 0.7, 23.0  # of shared memory: a warp's reads; 512 bytes that arrive
-MOST_ISSUED, WARP_ISSUES = 4.0, 0.98  # instructions a clock: of a multiprocessor; of one warp alone
-ENDING, PASS_CLOCKS, SUM_CLOCKS = 7300, 900, 25  # clocks: to end; to add up sums of threads; for each sum
-STAGE_LATENCIES = 2.17  # of DRAM: what a stage takes at least
+ROW_WAIT = 15.0  # instructions that could have been issued while the reads of a row of x are on their way
+NEAR_CODE, MOST_CODE, CODE_SLOWS = 440, 4000, 0.17  # longer code is fetched from farther away
+CONVERT = 0.67  # instructions for an element of 16 bits
+STAGE_INSTRUCTIONS = 190  # of each warp that reads it
+LINES_INSTRUCTIONS, COPY_INSTRUCTIONS = 240, 420  # of the warp that sends it; of each, where all copy by themselves
+READ_CLOCKS, COPY_CLOCKS = 0.4, 12.4  # of shared memory: a warp's reads; 512 bytes that arrive
+MOST_ISSUED, WARP_ISSUES = 4.0, 1.32  # instructions a clock: of a multiprocessor; of one warp alone
+LATE = 0.43  # latencies of DRAM that bytes in flight must last for
+FIRST = 1.4  # of the time in which the first stages of all blocks arrive
+START_AND_END, PARTS_END, PART_CLOCKS = 10100, 6500, 12  # clocks: of a block; to add up parts; for each of them
 
 
 def pieces(taps: int, most: int) -> Iterator[int]:
@@ -152,7 +155,7 @@ def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tu
         share *= valid_share(problem, 1)
         width = min(width, problem.size[1])
     outputs = tile.rows * tile.columns
-    converted = height * width + outputs if problem.element_bytes == 2 else 0
+    converted = CONVERT * (height * width + outputs) if problem.element_bytes == 2 else 0
     sides = problem.padding[1][0] + geometry.reach[1] if tile.tap_columns == problem.filter[1] else width
     sides = 0 if all_columns else sides
     masks = height * min(width, sides) + (0 if problem.out_size[1] % tile.columns == 0 else outputs)
@@ -180,13 +183,16 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
     warps = tile.threads / 32
     # pieces of 16 bytes that a warp copies at once
     copied = (geometry.x.elements + geometry.g.elements) * problem.element_bytes / 16 / tile.threads
-    work = warps * (tiles * instructions * slowed(code) + STAGE_INSTRUCTIONS + 2 * copied)
+    copies = LINES_INSTRUCTIONS if device.sm >= BULK_COPIES else warps * (COPY_INSTRUCTIONS + 2 * copied)
+    work = warps * (tiles * instructions * slowed(code) + STAGE_INSTRUCTIONS) + copies
     shared = warps * (READ_CLOCKS * tiles * clocks + COPY_CLOCKS * copied)
     in_rows = geometry.row_tiles * tile.rows * problem.stride[0]
     halo = ((problem.filter[0] - 1) * problem.dilation[0]) / in_rows if geometry.row_bands > 1 else 0.0
     x_bytes = problem.batch * problem.channels * math.prod(problem.size) * problem.element_bytes
-    again = max(1.0, 0.7 * geometry.depth_taps)  # taps of the depth read x and g through L2, beside one another
-    stage_bytes = again * (problem.least_bytes + 0.2 * halo * x_bytes) / (geometry.units * geometry.groups)
+    # taps of the depth read x and g through L2, beside one another
+    stage_bytes = (problem.least_bytes + 0.2 * halo * x_bytes) / (geometry.units * geometry.groups)
+
+    in_stage = (geometry.x.elements + geometry.g.elements) * problem.element_bytes
 
     def stage(resident: int) -> float:
         """Seconds, if a multiprocessor has so many blocks."""
@@ -194,20 +200,19 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
         issue = resident * work / (ready * device.clock)
         sharing = resident * shared / device.clock
         dram = resident * stage_bytes * device.multiprocessors / (1.1e9 * device.dram_gbs)
-        latency = STAGE_LATENCIES * 1e-9 * device.latency_ns
-        return math.sqrt(math.hypot(issue**2, sharing**2, dram**2, latency**2))
+        flying = resident * (geometry.stages - 1) * in_stage * device.multiprocessors
+        dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / flying)
+        return math.sqrt(math.hypot(issue**2, sharing**2, dram**2))
 
     blocks, wave = geometry.groups * geometry.parts, device.multiprocessors * geometry.blocks
     full, rest = divmod(blocks, wave)
     rounds = (full * stage(geometry.blocks) if full else 0.0) + (
         stage(divided(rest, device.multiprocessors)) if rest else 0.0
     )
-    sums = tile.taps + problem.bias
-    passes = divided(sums, at_once(problem, tile, geometry))
-    ending = (
-        ENDING + PASS_CLOCKS * passes + SUM_CLOCKS * sums + (6350 + 12 * geometry.parts if geometry.parts > 1 else 0)
-    )
-    start = LAUNCH_SECONDS + 2.0e-6 + ending / device.clock * math.sqrt(max(1.0, blocks / wave))
+    ending = float(START_AND_END) + (PARTS_END + PART_CLOCKS * geometry.parts if geometry.parts > 1 else 0)
+    ending *= math.sqrt(max(1.0, blocks / wave))
+    first = FIRST * min(blocks, wave) * in_stage / (1e9 * device.dram_gbs)
+    start = LAUNCH_SECONDS + 2.0e-6 + ending / device.clock + first
     return start + geometry.part_units * rounds
 
 

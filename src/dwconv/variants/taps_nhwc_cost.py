@@ -14,20 +14,20 @@ from .strips import divided
 from .taps_nhwc_tiles import Cut, Tile, piece_bytes
 
 # Constants of the model: fitted to 961 tiles of 92 problems (H200, 2026-11).
-READ, COPY, TAP_ROW, SEGMENT = 1.8, 8.0, 10.0, 400.0  # instructions of a warp
+READ, COPY, TAP_ROW, SEGMENT = 1.65, 10.0, 7.0, 800.0  # instructions of a warp
 DEPTH_TAP = 0.2  # of TAP_ROW, for each further tap of the depth: they share the comparisons
 LONG_CODE, FETCHED = 900, 1.5  # products of a step from which on fetching code slows them down, and how much
-IDLE_WARPS = 4.2  # issue slots are used as warps / (warps + IDLE_WARPS)
+IDLE_WARPS = 2.8  # issue slots are used as warps / (warps + IDLE_WARPS)
 LOAD_CLOCKS = 2.2  # of a multiprocessor's shared memory, for a warp's load
 L2_BYTES = 40.0  # of a clock, to a multiprocessor
-NARROW = 0.08  # more DRAM time for each halving of a warp's pieces of 128 bytes
-LATE = 1.6  # latencies of DRAM that bytes in flight must last for
-THRASH, LINES_KEPT = 0.2, 1.0  # more DRAM time for each doubling of the lines in flight beyond this share of L1
-PAST_NARROW, PAST_START = 0.14, 2.4e-6  # of copies past L1, for each halving; and once
+NARROW = 0.04  # more DRAM time for each halving of a warp's pieces of 128 bytes
+LATE = 1.35  # latencies of DRAM that bytes in flight must last for
+THRASH, LINES_KEPT = 0.42, 0.73  # more DRAM time for each doubling of the lines in flight beyond this share of L1
+PAST_NARROW, PAST_START = 0.4, 4.0e-6  # of copies past L1, for each halving; and once
 TILES_AGAIN, AGAIN = 4, 0.03  # more tiles of taps than these read so much that L1 costs this share of time
 LAST_WAVE = 0.4  # of a block: what a multiprocessor waits for others in the end, of several waves
-FEWER_STAGES = 0.015  # more time for each stage less than four: warps wait for one another's copies more
-START, PARTS = 2.3e-6, 3.2e-6  # beside the launch; to leave parts, and find the last block
+FEWER_STAGES = 0.006  # more time for each stage less than four: warps wait for one another's copies more
+START, PARTS = 3.2e-6, 3.2e-6  # beside the launch; to leave parts, and find the last block
 ROUND = 0.57e-6  # of loads of parts
 
 
@@ -45,6 +45,15 @@ def marched(axis: Axis, taps: int) -> float:
         highest = axis.size - 1 + axis.padding - tap * axis.apart
         met += max(0, min(axis.out - 1, highest // axis.step) - max(0, -(-lowest // axis.step)) + 1)
     return met / (len(tiles) * axis.out)
+
+
+def pieces_of_lines(rows: int, line: int) -> float:
+    """How many lines of so many rows a part has rows of, on average of the parts.
+
+    >>> pieces_of_lines(14, 28), pieces_of_lines(56, 28), pieces_of_lines(21, 28)
+    (1.0, 2.0, 1.75)
+    """
+    return 1.0 + (rows - math.gcd(rows, line)) / line
 
 
 def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> float:
@@ -76,7 +85,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
         0 if flat else TAP_ROW * one.live * (1 + DEPTH_TAP * (tile.depth_taps - 1))
     )
     step += problem.bias * tile.columns * tile.vector
-    segments = max(1.0, one.march.part_rows / one.march.line_rows)
+    segments = pieces_of_lines(one.march.part_rows, one.march.line_rows)
     steps = one.march.part_rows * share + segments * (one.live - 1) * (1.0 if flat else 0.4)
     block = steps * step + segments * SEGMENT + 8 * one.values
     blocks = one.march.blocks

@@ -230,7 +230,7 @@ def tiles(problem: DepthwiseProblem, device: DeviceSpec, depth: int = 1) -> Iter
             + (tap_sizes(across.filter, 16) if large else [])
         ]
         for vector in (2, 1) if half and problem.multiplier == 1 else (1,):
-            depths = [1] if flat or half else sorted({divided(depth, count) for count in range(1, depth + 1)})
+            depths = [1] if flat else sorted({divided(depth, count) for count in range(1, depth + 1)})
             for taps, columns, depth_taps in product(dict.fromkeys(shapes), columns_of, depths):
                 registers = lane_registers(problem, turned, taps, columns, vector, depth_taps)
                 if registers > (MOST_VALUES if depth_taps == 1 else MOST_DEPTH_VALUES):

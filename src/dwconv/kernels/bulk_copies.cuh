@@ -1,0 +1,150 @@
+// bulk_copies.cuh: stages of shared memory that one warp of a block fills, each stretch of memory by one instruction
+// (cp.async.bulk and mbarrier, sm_90 and newer); in the emulator a thread copies for itself, and gates are barriers
+//   The copies are made by another unit, the asynchronous proxy. What threads have written to shared memory by
+//   themselves, and copies will write again, is followed by own_writes_before_copies().
+#pragma once
+#include "common.cuh"
+
+namespace dwconv {
+
+// What this thread has written to shared memory stands there before a copy that starts after the next barrier.
+__device__ __forceinline__ void own_writes_before_copies() {
+#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Stages of shared memory that one warp fills and the others, `Readers` threads, read: each as far ahead of the other
+// as there are stages. Both go through them in the same order; in the emulator the warp waits until a stage is read.
+template <int Stages, int Readers>
+class BulkStages {
+    unsigned stage_ = 0, round_ = 0;
+#ifdef DWCONV_EMULATOR
+    bool waits_ = false;
+
+    static void meet() { __syncthreads(); }  // both sides at one barrier
+#else
+    unsigned full_;  // addresses of Stages gates of 8 bytes, then as many of empty stages
+
+    __device__ __forceinline__ static void wait(unsigned gate, unsigned parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        asm volatile(
+            "{\n\t.reg .pred open;\n\tAGAIN:\n\t"
+            "mbarrier.try_wait.parity.shared.b64 open, [%0], %1;\n\t"
+            "@!open bra AGAIN;\n\t}" ::"r"(gate),
+            "r"(parity)
+            : "memory");
+#endif
+    }
+    __device__ __forceinline__ static void arrive(unsigned gate) {
+        asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(gate) : "memory");
+    }
+    __device__ __forceinline__ static void initialize(unsigned gate, unsigned arrivals) {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(gate), "r"(arrivals) : "memory");
+    }
+    __device__ __forceinline__ unsigned full() const { return full_ + 8 * stage_; }
+    __device__ __forceinline__ unsigned empty() const { return full_ + 8 * (Stages + stage_); }
+#endif
+
+public:
+    static constexpr int kBytes = 16 * Stages;
+
+    // `gates`: kBytes of shared memory that stay theirs. All threads call it; copies may start afterwards.
+    __device__ __forceinline__ explicit BulkStages(void* gates) {
+#ifdef DWCONV_EMULATOR
+        static_cast<void>(gates);
+#else
+        full_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
+        if (threadIdx.x == 0) {
+#pragma unroll
+            for (int k = 0; k < Stages; ++k) {
+                initialize(full_ + 8 * k, 32);
+                initialize(full_ + 8 * (Stages + k), Readers / 32);
+            }
+            own_writes_before_copies();
+        }
+#endif
+        __syncthreads();
+    }
+
+    // Which stage it is that this warp fills or reads now.
+    __device__ __forceinline__ unsigned stage() const { return stage_; }
+    __device__ __forceinline__ void next() {
+        if (++stage_ == Stages) {
+            stage_ = 0;
+            round_ ^= 1;
+        }
+    }
+
+    // For the warp that fills: all readers are done with what was there.
+    __device__ __forceinline__ void wait_until_empty() {
+#ifdef DWCONV_EMULATOR
+        if (waits_) meet();
+        waits_ = true;
+#else
+        wait(empty(), round_ ^ 1);  // in the first round nothing was there
+#endif
+    }
+    // Starts a copy to the stage; addresses and `bytes`, more than 0, are multiples of 16.
+    __device__ __forceinline__ void send(void* to, const void* from, unsigned bytes) const {
+#ifdef DWCONV_EMULATOR
+        for (unsigned at = 0; at < bytes; at += 16)
+            *reinterpret_cast<Vector<int, 4>*>(static_cast<char*>(to) + at) =
+                *reinterpret_cast<const Vector<int, 4>*>(static_cast<const char*>(from) + at);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(full()), "r"(bytes) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                     "l"(from), "r"(bytes), "r"(full())
+                     : "memory");
+#endif
+    }
+    // This lane has sent all that it sends to the stage, and written what it writes by itself. All lanes call it.
+    __device__ __forceinline__ void sent() const {
+#ifdef DWCONV_EMULATOR
+        meet();
+#else
+        arrive(full());
+#endif
+    }
+
+    // For readers: all that was sent to the stage has arrived.
+    __device__ __forceinline__ void wait_until_full() const {
+#ifdef DWCONV_EMULATOR
+        meet();
+#else
+        wait(full(), round_);
+#endif
+    }
+    // This warp has read the stage. All lanes call it.
+    __device__ __forceinline__ void is_read() const {
+#ifdef DWCONV_EMULATOR
+        meet();
+#else
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(empty());
+#endif
+    }
+};
+
+// Sends `length` elements that begin `before` elements behind `line` to as many behind `to`, where both are multiples
+// of 16 bytes. Nothing outside of [begin, end) is read: at these ends the thread copies elements by itself.
+template <class T, class Stages>
+__device__ __forceinline__ void send_line(const Stages& stages, T* to, const T* line, int before, int length,
+                                          const T* begin, const T* end) {
+    constexpr int kVector = 16 / sizeof(T);
+    const int extent = before + length, whole = (extent + kVector - 1) / kVector * kVector;
+    const int first = line < begin ? kVector : 0;
+    const int last = larger(line + whole > end ? whole - kVector : whole, first);
+    if (last > first)
+        stages.send(to + first, line + first, static_cast<unsigned>((last - first) * static_cast<int>(sizeof(T))));
+    if (first > 0 || last < whole) {
+#pragma unroll 1
+        for (int at = before; at < smaller(first, extent); ++at) to[at] = load_one(line + at);
+#pragma unroll 1
+        for (int at = larger(last, before); at < extent; ++at) to[at] = load_one(line + at);
+        own_writes_before_copies();
+    }
+}
+
+}  // namespace dwconv
