@@ -9,7 +9,8 @@
 //   copy; a thread has a tile of kRows x kColumns outputs of one plane and kTapRows x kTapColumns taps, whose sums stay
 //   in its registers until the end.
 //   Planes of volumes count as images, anew for each tap t of the depth: each of g meets one of x, or none.
-//   grid.x = groups of channels * parts * KD; the last block of a group and t adds up its parts
+//   grid.x = groups of channels * parts * KD; the last block of a group and t adds up its parts, or, where they are
+//   kCluster blocks of a cluster, the first one
 //   least DRAM traffic: x + g, once each; rows between bands come from L2, as x and g do for all but one of KD taps
 #pragma once
 #include "taps_nchw_stages.cuh"
@@ -24,8 +25,8 @@ struct TapsNchwPlace {
     int image, plane, tap_tile, row_lane, column_tile;
     int tap_row, tap_column;
 
-    __device__ __forceinline__ explicit TapsNchwPlace(const TapsNchwTiling& tiling) {
-        const unsigned above = tiling.lanes.quotient(threadIdx.x), lane = threadIdx.x - above * tiling.lanes.divisor;
+    __device__ __forceinline__ TapsNchwPlace(const TapsNchwTiling& tiling, unsigned reader) {
+        const unsigned above = tiling.lanes.quotient(reader), lane = reader - above * tiling.lanes.divisor;
         row_lane = static_cast<int>(tiling.column_lanes.quotient(lane));
         column_tile = static_cast<int>(lane) - row_lane * static_cast<int>(tiling.column_lanes.divisor);
         const unsigned images = tiling.planes.quotient(above);
@@ -126,7 +127,13 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     const int all_channels = static_cast<int>(sizes.out_channels) / C::kMultiplier;
     const int channel = static_cast<int>(group * tiling.group_channels);
     const int channels = smaller(static_cast<int>(tiling.group_channels), all_channels - channel);
-    const TapsNchwPlace<C> place(tiling);
+    // The threads that read stages, numbered without those of the warp that sends them, which come last.
+    unsigned reader = threadIdx.x;
+    if constexpr (C::kBulk) {
+        const unsigned sending = sending_warp<C::kThreads / 32>(), warp = threadIdx.x / 32;
+        reader = warp == sending ? C::kReaders + threadIdx.x % 32 : threadIdx.x - (warp > sending ? 32 : 0);
+    }
+    const TapsNchwPlace<C> place(tiling, reader);
     const bool takes_part =
         place.tap_tile < static_cast<int>(tiling.tap_tiles.divisor) && place.plane < channels * C::kMultiplier;
 
@@ -155,7 +162,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     };
     if constexpr (C::kBulk) {
         Stages stages(shared);
-        if (threadIdx.x >= C::kReaders) {
+        if (reader >= C::kReaders) {
 #pragma unroll 1
             for (unsigned unit = min(first, last); unit <= last; ++unit, stages.next()) {
                 stages.wait_until_empty();
@@ -211,7 +218,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
             const int number = from + k;
             const int tap = smaller(number, kTileTaps - 1);
             if (number < kSums)
-                values[k * kPitch + static_cast<int>(threadIdx.x)] =
+                values[k * kPitch + static_cast<int>(reader)] =
                     number == tap ? sums[tap / C::kTapColumns][tap % C::kTapColumns] : bias;
         }
         __syncthreads();
@@ -231,17 +238,8 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     }
     __syncthreads();
 
-    const unsigned parts = tiling.parts.divisor, of_grid = group * C::kFilterD + depth_tap;
-    if (parts > 1) {
-        Sum* const partial = static_cast<Sum*>(tensors.partial) + static_cast<long long>(of_grid) * parts * outputs;
-#pragma unroll 1
-        for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads)
-            partial[static_cast<long long>(part) * outputs + o] = totals[o];
-        if (!arrives_last(tensors.arrivals + of_grid, parts, reinterpret_cast<int*>(values - 1))) return;
-        add_up<C::kThreads>(outputs, static_cast<int>(parts), values, totals, [&](int output, int term) {
-            return SumsOfParts<Sum>{partial + (static_cast<long long>(term) * outputs + output), outputs};
-        });
-    }
+    if (!add_parts<C>(tensors, tiling.parts.divisor, part, group * C::kFilterD + depth_tap, outputs, totals, values))
+        return;
 
     // A sum that isn't finite may have got a product of padding with an Inf or NaN: it is made again without them.
     bool finite = true;
@@ -297,12 +295,14 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 #define DWCONV_VOLUME 0
 #define DWCONV_BULK 1
 #define DWCONV_STAGES 2
+#define DWCONV_CLUSTER 1
 #endif
 
 struct Config : ProblemConfig {
     static constexpr bool kBulk = DWCONV_BULK;  // a warp of its own sends lines to stages
     static constexpr int kReaders = DWCONV_THREADS, kThreads = kReaders + (kBulk ? 32 : 0);
     static constexpr int kMinBlocks = DWCONV_MIN_BLOCKS, kStages = DWCONV_STAGES;
+    static constexpr int kCluster = DWCONV_CLUSTER;                       // parts that are a cluster, or 1
     static constexpr int kRows = DWCONV_ROWS, kColumns = DWCONV_COLUMNS;  // outputs of a tile
     // Taps of a tile: neighbouring ones of the depth, each with as many of its plane.
     static constexpr int kTapRows = DWCONV_TAP_ROWS, kTapColumns = DWCONV_TAP_COLUMNS;
@@ -319,7 +319,13 @@ struct Config : ProblemConfig {
 
 using Tiling = dwconv::TapsNchwTiling;
 
-extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+#if DWCONV_CLUSTER > 1 && !defined(DWCONV_EMULATOR)
+#define DWCONV_OF_CLUSTER __cluster_dims__(DWCONV_CLUSTER, 1, 1)
+#else
+#define DWCONV_OF_CLUSTER
+#endif
+
+extern "C" __global__ void DWCONV_OF_CLUSTER __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
                   const Tiling tiling) {
     dwconv::taps_nchw<Config>(tensors, sizes, tiling);

@@ -1,6 +1,7 @@
 // taps_nchw_sums.cuh: how the sums of many threads and blocks become one, in an order that is the same on every run;
 // and sums anew, term by term, where one is not finite
 #pragma once
+#include "clusters.cuh"
 #include "taps_nchw_stages.cuh"
 
 namespace dwconv {
@@ -63,6 +64,39 @@ __device__ __forceinline__ void add_up(int outputs, int terms, Sum* scratch, Sum
         totals[o] = sum;
     }
     __syncthreads();
+}
+
+// Adds the sums of all parts to `totals`, those of one block, in the first block of a cluster, or the last one to
+// arrive; false in the others. All threads call it. values: shared memory behind an element that nobody uses
+template <class C, class Sum>
+__device__ __forceinline__ bool add_parts(const FilterGradients<typename C::Element>& tensors, unsigned parts,
+                                          unsigned part, unsigned of_grid, int outputs, Sum* totals, Sum* values) {
+    if (parts == 1) return true;
+#ifndef DWCONV_EMULATOR
+    if constexpr (C::kCluster > 1) {
+        meet_in_cluster();
+        if (part == 0) {
+#pragma unroll 1
+            for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads) {
+                Sum sum = totals[o];
+#pragma unroll
+                for (unsigned other = 1; other < C::kCluster; ++other) sum += load_of_block(totals + o, other);
+                totals[o] = sum;
+            }
+        }
+        meet_in_cluster();  // no block leaves while its sums are read
+        return part == 0;
+    }
+#endif
+    Sum* const partial = static_cast<Sum*>(tensors.partial) + static_cast<long long>(of_grid) * parts * outputs;
+#pragma unroll 1
+    for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads)
+        partial[static_cast<long long>(part) * outputs + o] = totals[o];
+    if (!arrives_last(tensors.arrivals + of_grid, parts, reinterpret_cast<int*>(values - 1))) return false;
+    add_up<C::kThreads>(outputs, static_cast<int>(parts), values, totals, [&](int output, int term) {
+        return SumsOfParts<Sum>{partial + (static_cast<long long>(term) * outputs + output), outputs};
+    });
+    return true;
 }
 
 template <class Sum>

@@ -103,6 +103,7 @@ def constants_of(
         "VOLUME": int(problem.dims == 3),
         "BULK": int(device.sm >= BULK_COPIES),
         "STAGES": geometry.stages,
+        "CLUSTER": geometry.cluster,
     }
     return tuple(sorted(found.items()))
 

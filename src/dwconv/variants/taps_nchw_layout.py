@@ -84,6 +84,7 @@ class Geometry:
         used: threads of a block that have a tile.
         threads: of a block, with the warp that sends stages, if there is one.
         stages: that a block has room for.
+        cluster: 2 where the two parts of each group are a cluster, else 1.
         read_clocks: of shared memory, for a warp's read of x, of g.
     """
 
@@ -118,6 +119,7 @@ class Geometry:
     read_clocks: tuple[int, int] = (1, 1)
     threads: int = 0
     stages: int = 2
+    cluster: int = 1
 
     @property
     def head_bytes(self) -> int:

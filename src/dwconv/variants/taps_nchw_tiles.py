@@ -41,14 +41,15 @@ BETTER = 6
 # Of the cost model, as fitted.
 ROW_WAIT = 15.0  # instructions that could have been issued while the reads of a row of x are on their way
 NEAR_CODE, MOST_CODE, CODE_SLOWS = 440, 4000, 0.17  # longer code is fetched from farther away
-CONVERT = 0.67  # instructions for an element of 16 bits
-STAGE_INSTRUCTIONS = 190  # of each warp that reads it
-LINES_INSTRUCTIONS, COPY_INSTRUCTIONS = 240, 420  # of the warp that sends it; of each, where all copy by themselves
-READ_CLOCKS, COPY_CLOCKS = 0.4, 12.4  # of shared memory: a warp's reads; 512 bytes that arrive
-MOST_ISSUED, WARP_ISSUES = 4.0, 1.32  # instructions a clock: of a multiprocessor; of one warp alone
-LATE = 0.43  # latencies of DRAM that bytes in flight must last for
+CONVERT = 0.69  # instructions for an element of 16 bits
+STAGE_INSTRUCTIONS = 180  # of each warp that reads it
+LINES_INSTRUCTIONS, COPY_INSTRUCTIONS = 275, 420  # of the warp that sends it; of each, where all copy by themselves
+READ_CLOCKS, COPY_CLOCKS = 0.38, 13.5  # of shared memory: a warp's reads; 512 bytes that arrive
+MOST_ISSUED, WARP_ISSUES = 4.0, 1.33  # instructions a clock: of a multiprocessor; of one warp alone
+LATE = 0.38  # latencies of DRAM that bytes in flight must last for
 FIRST = 1.4  # of the time in which the first stages of all blocks arrive
-START_AND_END, PARTS_END, PART_CLOCKS = 10100, 6500, 12  # clocks: of a block; to add up parts; for each of them
+# Clocks: of a block; to add up two parts that are a cluster; to add up others, and for each of them.
+START_AND_END, CLUSTER_END, PARTS_END, PART_CLOCKS = 9000, 4500, 6450, 12
 
 
 def pieces(taps: int, most: int) -> Iterator[int]:
@@ -209,7 +210,9 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
     rounds = (full * stage(geometry.blocks) if full else 0.0) + (
         stage(divided(rest, device.multiprocessors)) if rest else 0.0
     )
-    ending = float(START_AND_END) + (PARTS_END + PART_CLOCKS * geometry.parts if geometry.parts > 1 else 0)
+    ending = float(START_AND_END)
+    if geometry.parts > 1:
+        ending += CLUSTER_END if geometry.cluster > 1 else PARTS_END + PART_CLOCKS * geometry.parts
     ending *= math.sqrt(max(1.0, blocks / wave))
     first = FIRST * min(blocks, wave) * in_stage / (1e9 * device.dram_gbs)
     start = LAUNCH_SECONDS + 2.0e-6 + ending / device.clock + first
