@@ -14,19 +14,6 @@ __device__ __forceinline__ void own_writes_before_copies() {
 #endif
 }
 
-// The warp of a block that fills stages. Blocks that a multiprocessor holds are as many apart as it has
-// multiprocessors, and take warps of other schedulers for it: each has as many readers.
-template <int Warps>
-__device__ __forceinline__ unsigned sending_warp() {
-#ifdef DWCONV_EMULATOR
-    return blockIdx.x % Warps;
-#else
-    unsigned multiprocessors;
-    asm("mov.u32 %0, %%nsmid;" : "=r"(multiprocessors));
-    return blockIdx.x / multiprocessors % Warps;
-#endif
-}
-
 // Stages of shared memory that one warp fills and the others, `Readers` threads, read: each as far ahead of the other
 // as there are stages. Both go through them in the same order; in the emulator the warp waits until a stage is read.
 template <int Stages, int Readers>

@@ -25,8 +25,8 @@ struct TapsNchwPlace {
     int image, plane, tap_tile, row_lane, column_tile;
     int tap_row, tap_column;
 
-    __device__ __forceinline__ TapsNchwPlace(const TapsNchwTiling& tiling, unsigned reader) {
-        const unsigned above = tiling.lanes.quotient(reader), lane = reader - above * tiling.lanes.divisor;
+    __device__ __forceinline__ explicit TapsNchwPlace(const TapsNchwTiling& tiling) {
+        const unsigned above = tiling.lanes.quotient(threadIdx.x), lane = threadIdx.x - above * tiling.lanes.divisor;
         row_lane = static_cast<int>(tiling.column_lanes.quotient(lane));
         column_tile = static_cast<int>(lane) - row_lane * static_cast<int>(tiling.column_lanes.divisor);
         const unsigned images = tiling.planes.quotient(above);
@@ -127,13 +127,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     const int all_channels = static_cast<int>(sizes.out_channels) / C::kMultiplier;
     const int channel = static_cast<int>(group * tiling.group_channels);
     const int channels = smaller(static_cast<int>(tiling.group_channels), all_channels - channel);
-    // The threads that read stages, numbered without those of the warp that sends them, which come last.
-    unsigned reader = threadIdx.x;
-    if constexpr (C::kBulk) {
-        const unsigned sending = sending_warp<C::kThreads / 32>(), warp = threadIdx.x / 32;
-        reader = warp == sending ? C::kReaders + threadIdx.x % 32 : threadIdx.x - (warp > sending ? 32 : 0);
-    }
-    const TapsNchwPlace<C> place(tiling, reader);
+    const TapsNchwPlace<C> place(tiling);
     const bool takes_part =
         place.tap_tile < static_cast<int>(tiling.tap_tiles.divisor) && place.plane < channels * C::kMultiplier;
 
@@ -162,7 +156,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     };
     if constexpr (C::kBulk) {
         Stages stages(shared);
-        if (reader >= C::kReaders) {
+        if (threadIdx.x >= C::kReaders) {
 #pragma unroll 1
             for (unsigned unit = min(first, last); unit <= last; ++unit, stages.next()) {
                 stages.wait_until_empty();
@@ -218,7 +212,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
             const int number = from + k;
             const int tap = smaller(number, kTileTaps - 1);
             if (number < kSums)
-                values[k * kPitch + static_cast<int>(reader)] =
+                values[k * kPitch + static_cast<int>(threadIdx.x)] =
                     number == tap ? sums[tap / C::kTapColumns][tap % C::kTapColumns] : bias;
         }
         __syncthreads();

@@ -22,7 +22,7 @@ struct TapsNchwTiling {
     unsigned part_units;                            // of one block, at most
     unsigned images, group_images, group_channels;  // in all; of a stage; input channels of a stage
     unsigned band_row_tiles, band_column_tiles;
-    // Reader = ((tap tile * images + image) * planes + plane) * lanes + lane: warps have few tiles of taps, and leave
+    // Thread = ((tap tile * images + image) * planes + plane) * lanes + lane: warps have few tiles of taps, and leave
     // out rows that those meet in the padding.
     FastDivisor lanes;         // of a plane and a tap tile: row_lanes * columns of tiles
     FastDivisor column_lanes;  // band_column_tiles
