@@ -27,6 +27,7 @@ PAST_NARROW, PAST_START = 0.4, 4.0e-6  # of copies past L1, for each halving; an
 TILES_AGAIN, AGAIN = 4, 0.03  # more tiles of taps than these read so much that L1 costs this share of time
 LAST_WAVE = 0.4  # of a block: what a multiprocessor waits for others in the end, of several waves
 FEWER_STAGES = 0.006  # more time for each stage less than four: warps wait for one another's copies more
+SPLIT = 0.002  # more time where parts begin or end within lines
 START, PARTS = 3.2e-6, 3.2e-6  # beside the launch; to leave parts, and find the last block
 ROUND = 0.57e-6  # of loads of parts
 
@@ -113,7 +114,8 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
     body = float((dram**3 + issue**3 + shared**3 + l2**3) ** (1 / 3))
     body *= 1.0 + (AGAIN if through_l1 and one.march.tap_tiles > TILES_AGAIN else 0.0)
-    body *= 1.0 + FEWER_STAGES * max(0, 4 - tile.stages)
+    splits = segments > max(1.0, one.march.part_rows / one.march.line_rows)
+    body *= 1.0 + FEWER_STAGES * max(0, 4 - tile.stages) + (SPLIT if splits else 0.0)
     vectors = one.count * problem.sum_bytes // 16
     several = one.march.parts > 1
     last = PARTS + ROUND * gathered(vectors, 32 * tile.warps, one.march.parts)[1] if several else 0.0
