@@ -3,7 +3,7 @@
 //   The copies are made by another unit, the asynchronous proxy. What threads have written to shared memory by
 //   themselves, and copies will write again, is followed by own_writes_before_copies().
 #pragma once
-#include "common.cuh"
+#include "gates.cuh"
 
 namespace dwconv {
 
@@ -24,24 +24,8 @@ class BulkStages {
 
     static void meet() { __syncthreads(); }  // both sides at one barrier
 #else
-    unsigned full_;  // addresses of Stages gates of 8 bytes, then as many of empty stages
+    unsigned full_;  // addresses of Stages gates, then as many of empty stages
 
-    __device__ __forceinline__ static void wait(unsigned gate, unsigned parity) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        asm volatile(
-            "{\n\t.reg .pred open;\n\tAGAIN:\n\t"
-            "mbarrier.try_wait.parity.shared.b64 open, [%0], %1;\n\t"
-            "@!open bra AGAIN;\n\t}" ::"r"(gate),
-            "r"(parity)
-            : "memory");
-#endif
-    }
-    __device__ __forceinline__ static void arrive(unsigned gate) {
-        asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(gate) : "memory");
-    }
-    __device__ __forceinline__ static void initialize(unsigned gate, unsigned arrivals) {
-        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(gate), "r"(arrivals) : "memory");
-    }
     __device__ __forceinline__ unsigned full() const { return full_ + 8 * stage_; }
     __device__ __forceinline__ unsigned empty() const { return full_ + 8 * (Stages + stage_); }
 #endif
@@ -58,8 +42,8 @@ public:
         if (threadIdx.x == 0) {
 #pragma unroll
             for (int k = 0; k < Stages; ++k) {
-                initialize(full_ + 8 * k, 32);
-                initialize(full_ + 8 * (Stages + k), Readers / 32);
+                Gate::initialize(full_ + 8 * k, 32);
+                Gate::initialize(full_ + 8 * (Stages + k), Readers / 32);
             }
             own_writes_before_copies();
         }
@@ -82,7 +66,7 @@ public:
         if (waits_) meet();
         waits_ = true;
 #else
-        wait(empty(), round_ ^ 1);  // in the first round nothing was there
+        Gate::wait(empty(), round_ ^ 1);  // in the first round nothing was there
 #endif
     }
     // Starts a copy to the stage; addresses and `bytes`, more than 0, are multiples of 16.
@@ -104,7 +88,7 @@ public:
 #ifdef DWCONV_EMULATOR
         meet();
 #else
-        arrive(full());
+        Gate::arrive(full());
 #endif
     }
 
@@ -113,7 +97,7 @@ public:
 #ifdef DWCONV_EMULATOR
         meet();
 #else
-        wait(full(), round_);
+        Gate::wait(full(), round_);
 #endif
     }
     // This warp has read the stage. All lanes call it.
@@ -122,7 +106,7 @@ public:
         meet();
 #else
         __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(empty());
+        if (threadIdx.x % 32 == 0) Gate::arrive(empty());
 #endif
     }
 };
