@@ -13,7 +13,7 @@ from .parts import gathered
 from .strips import divided
 from .taps_nhwc_tiles import Cut, Tile, piece_bytes
 
-# Constants of the model: fitted to 961 tiles of 92 problems (H200, 2026-11).
+# Constants of the model: fitted to 961 tiles of 92 problems, then to 680 of the best ones of 96 (H200, 2026-11).
 READ, COPY, TAP_ROW, SEGMENT = 1.65, 10.0, 7.0, 860.0  # instructions of a warp
 DEPTH_TAP = 0.2  # of TAP_ROW, for each further tap of the depth: they share the comparisons
 LONG_CODE, FETCHED = 900, 1.5  # products of a step from which on fetching code slows them down, and how much
