@@ -189,7 +189,10 @@ def test_a_channels_last_weight_makes_the_result_channels_last(dims, dtype, laun
     with on_one_per_thread():
         y = call()
     assert call.wrong(y) is None, call.wrong(y)
-    assert y.stride() == TORCH[dims](call.x, call.weight, padding=1, groups=3).stride()
+    x, weight = call.x, call.weight
+    if x.element_size() == 2:  # what PyTorch does with them depends on the CPU
+        x, weight = x.float(), weight.float()
+    assert y.stride() == TORCH[dims](x, weight, padding=1, groups=3).stride()
     assert launched[0][0].data_ptr() == call.x.data_ptr()
 
 

@@ -39,28 +39,6 @@ struct TapsNchwPlace {
     }
 };
 
-// What sum number `output` of a block is: a tap of the filter of one of its planes; behind the last tap, the bias.
-template <class C>
-struct TapsNchwTotal {
-    static constexpr int kTileTaps = C::kTapRows * C::kTapColumns, kSums = kTileTaps + (C::kHasBias ? 1 : 0);
-    int plane, tap;  // no tap: -1
-
-    __device__ __forceinline__ TapsNchwTotal(const TapsNchwTiling& tiling, int output, int depth_tap) {
-        const int quantity = output / kSums, k = output - quantity * kSums;
-        plane = static_cast<int>(tiling.tap_tiles.quotient(quantity));
-        const int tap_tile = quantity - plane * static_cast<int>(tiling.tap_tiles.divisor);
-        const int tile_row = static_cast<int>(tiling.tap_tile_columns.quotient(tap_tile));
-        const int tile_column = tap_tile - tile_row * static_cast<int>(tiling.tap_tile_columns.divisor);
-        const int u = tile_row * C::kTapRows + k / C::kTapColumns;
-        const int v = tile_column * C::kTapColumns + k % C::kTapColumns;
-        if (k == kTileTaps)
-            tap = tap_tile + depth_tap == 0 ? C::kFilterH * C::kFilterW : -1;
-        else
-            tap = u < C::kFilterH && v < C::kFilterW ? u * C::kFilterW + v : -1;
-    }
-    __device__ __forceinline__ bool exists(int channels) const { return plane < channels * C::kMultiplier && tap >= 0; }
-};
-
 // So many taps of a thread are summed for each tile alone, then added to those of other tiles: chains of half as many
 // additions have smaller errors. More taps would need too many registers.
 constexpr int kTapsApart = 12;
@@ -117,8 +95,6 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     using Sum = typename Accumulator<T>::Type;
     static_assert(C::kColumns % C::kReadG == 0, "kReadG must divide kColumns: a row of a tile is read in whole pieces");
     static_assert(C::kColumns * C::kStrideW % C::kReadX == 0, "kReadX must divide the columns between tiles");
-    constexpr int kTaps = C::kFilterH * C::kFilterW, kTileTaps = C::kTapRows * C::kTapColumns;
-    constexpr int kSums = TapsNchwTotal<C>::kSums;
 
     // Taps of the depth are neighbours in the grid: they read the same planes at about the same time.
     const unsigned above = blockIdx.x / C::kFilterD;
@@ -133,7 +109,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 
     Sum sums[C::kTapRows][C::kTapColumns], bias = 0;
 #pragma unroll
-    for (int k = 0; k < kTileTaps; ++k) sums[k / C::kTapColumns][k % C::kTapColumns] = 0;
+    for (int k = 0; k < C::kTapRows * C::kTapColumns; ++k) (&sums[0][0])[k] = 0;
 
     const unsigned first = part * tiling.part_units;
     const unsigned last = min(first + tiling.part_units, tiling.units);
@@ -195,72 +171,11 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
         }
     }
 
-    // Sums of the block: number q * kSums + k is sum k of plane and tap tile q.
-    const int planes = static_cast<int>(tiling.planes.divisor), images = static_cast<int>(tiling.group_images);
-    const int quantities = planes * static_cast<int>(tiling.tap_tiles.divisor);
-    const int lanes = static_cast<int>(tiling.lanes.divisor), outputs = quantities * kSums;
     Sum* const totals = reinterpret_cast<Sum*>(elements);
-    Sum* const values = totals + tiling.scratch;  // kAtOnce of each thread, and scratch behind them
-    // Threads that add up different sums read different banks: the values of a sum take an odd number of words.
-    constexpr int kAtOnce = C::kAtOnce, kPitch = C::kThreads + 1;
-#pragma unroll
-    for (int from = 0; from < kSums; from += kAtOnce) {
-        const int count = smaller(kAtOnce, kSums - from);
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-            const int number = from + k;
-            const int tap = smaller(number, kTileTaps - 1);
-            if (number < kSums)
-                values[k * kPitch + static_cast<int>(threadIdx.x)] =
-                    number == tap ? sums[tap / C::kTapColumns][tap % C::kTapColumns] : bias;
-        }
-        __syncthreads();
-        Sum* const scratch = values + kAtOnce * kPitch;
-        add_up<C::kThreads>(quantities * count, images * lanes, scratch, scratch, [&](int output, int term) {
-            const int q = output / count, image = static_cast<int>(tiling.lanes.quotient(term));
-            const int lane = term - image * lanes;
-            const int plane = static_cast<int>(tiling.tap_tiles.quotient(q));
-            const int tap_tile = q - plane * static_cast<int>(tiling.tap_tiles.divisor);
-            const int above = (tap_tile * images + image) * planes + plane;
-            return SumsOfLanes<Sum>{values + (output - q * count) * kPitch + above * lanes + lane, lane, lanes,
-                                    (planes - 1) * lanes};
-        });
-#pragma unroll 1
-        for (int o = static_cast<int>(threadIdx.x); o < quantities * count; o += C::kThreads)
-            totals[o / count * kSums + from + o % count] = scratch[o];
-    }
-    __syncthreads();
-
-    if (!add_parts<C>(tensors, tiling.parts.divisor, part, group * C::kFilterD + depth_tap, outputs, totals, values))
-        return;
-
-    // A sum that isn't finite may have got a product of padding with an Inf or NaN: it is made again without them.
-    bool finite = true;
-#pragma unroll 1
-    for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads) finite = finite && is_finite(totals[o]);
-    if (!__syncthreads_and(finite)) {
-#pragma unroll 1
-        for (int o = 0; o < outputs; ++o) {
-            const TapsNchwTotal<C> total(tiling, o, depth_tap);
-            if (!total.exists(channels) || is_finite(totals[o])) continue;
-            const Sum sum = sum_term_by_term<C>(tensors, sizes, tiling, channel * C::kMultiplier + total.plane,
-                                                depth_tap, total.tap, values);
-            if (threadIdx.x == 0) totals[o] = sum;
-        }
-        __syncthreads();
-    }
-#pragma unroll 1
-    for (int o = static_cast<int>(threadIdx.x); o < outputs; o += C::kThreads) {
-        const TapsNchwTotal<C> total(tiling, o, depth_tap);
-        if (!total.exists(channels)) continue;
-        const int out_channel = channel * C::kMultiplier + total.plane;
-        if (total.tap == kTaps)
-            tensors.db[out_channel] = static_cast<T>(totals[o]);
-        else
-            tensors.dw[(static_cast<long long>(out_channel) * C::kFilterD + depth_tap) * kTaps + total.tap] =
-                static_cast<T>(totals[o]);
-    }
+    Sum* const values = totals + tiling.scratch;
+    add_threads<C>(tiling, sums, bias, totals, values);
+    if (!add_parts<C>(tensors, tiling, part, group * C::kFilterD + depth_tap, totals, values)) return;
+    store_totals<C>(tensors, sizes, tiling, channel, channels, depth_tap, totals, values);
 }
 
 }  // namespace dwconv

@@ -259,7 +259,7 @@ def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry:
         room = device.shared_bytes // blocks - 1024
         stages = room // (geometry.stage_elements * problem.element_bytes + HEAD_BYTES)
         found = replace(found, stages=max(2, min(MOST_STAGES, stages, each + 1)))
-        # Two parts side by side add up 3 µs faster; more of them, or few free places, keep clusters waiting (H200).
+        # Two parts side by side are added up 1 µs sooner; more, or few free places, keep clusters waiting (H200).
         if found.depth_taps == 1 and parts == 2 and found.groups * parts <= CLUSTERED * wave:
             found = replace(found, cluster=parts)
     return replace(

@@ -52,7 +52,7 @@ def pieces_of_lines(rows: int, line: int) -> float:
     """How many lines of so many rows a part has rows of, on average of the parts.
 
     >>> pieces_of_lines(14, 28), pieces_of_lines(56, 28), pieces_of_lines(21, 28)
-    (1.0, 2.0, 1.75)
+    (1.0, 2.0, 1.5)
     """
     return 1.0 + (rows - math.gcd(rows, line)) / line
 
