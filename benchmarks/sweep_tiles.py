@@ -1,7 +1,7 @@
-"""Times every legal tile of a variant on this machine's GPU, beside a copy of as many bytes.
+"""Times tiles of a variant on this machine's GPU, all or those predicted as best, beside a copy of as many bytes.
 
     PYTHONPATH=src python benchmarks/sweep_tiles.py --variant direct_nchw --case 82_ --case 85_ --json tiles.json
-    PYTHONPATH=src python benchmarks/sweep_tiles.py --variant direct_nhwc --case convnext --dtype float16
+    PYTHONPATH=src python benchmarks/sweep_tiles.py --variant taps_nchw --suite models --direction grad_weight --first 8
 
 Leaves out what spills or gives a wrong result, and prints the best, the one that the variant prefers with an arrow.
 Tiles with the same figures differ by noise only: look at the spread.
@@ -18,14 +18,16 @@ from pathlib import Path
 
 import torch
 
-from dwconv.bench.baselines import best_plan, in_layout, make_tensors, variant_contender
+from dwconv.bench.baselines import best_plan, empty_result, make_tensors, variant_contender
 from dwconv.bench.results import attainment, write_whole
 from dwconv.bench.run import check, conditions_here, expect
-from dwconv.bench.suites import LAYOUTS, SUITES, load_suite, select
+from dwconv.bench.suites import DIRECTIONS, LAYOUTS, SUITES, load_suite, select
 from dwconv.bench.timing import copy_contender, measure
+from dwconv.choose import candidates
 from dwconv.compile import compile_many
 from dwconv.errors import DepthwiseError
 from dwconv.launch import device_spec
+from dwconv.plan import legal
 from dwconv.problem import DTYPE_BYTES, DepthwiseProblem
 from dwconv.roofline import roofline
 from dwconv.variants import REGISTRY
@@ -34,13 +36,19 @@ ROUNDS = 15
 BEST = 12
 
 
-def sweep(problem: DepthwiseProblem, stem: str) -> list[dict[str, object]]:
-    """Attainment, spread and registers of every tile of a variant, the best first."""
+def sweep(problem: DepthwiseProblem, stem: str, first: int | None = None) -> list[dict[str, object]]:
+    """Attainment, prediction, spread and registers of a variant's tiles, the best first.
+
+    first: so many of the tiles that are predicted as best; else all.
+    """
     device = device_spec(0)
-    plans = {plan.tile: plan for plan in REGISTRY[stem].every_plan(problem.lifted(2), device)}
+    found = legal(candidates(problem, device, stem))[:first]
+    if first is None:
+        found = REGISTRY[stem].every_plan(problem.lifted(2), device)
+    plans = {plan.tile: plan for plan in found}
     tensors = make_tensors(problem, "cuda")
     expected = expect(problem, tensors)
-    y = in_layout(torch.empty(problem.y_shape, dtype=tensors.x.dtype, device="cuda"), problem.layout)
+    y = empty_result(problem, "cuda")
     contenders, registers = {"copy": copy_contender(problem.least_bytes, "cuda")}, {}
     for (tile, plan), kernel in zip(plans.items(), compile_many(plans.values()), strict=True):
         if kernel.constants != plan.constants or kernel.resources.spill_bytes:
@@ -58,6 +66,8 @@ def sweep(problem: DepthwiseProblem, stem: str) -> list[dict[str, object]]:
         {
             "tile": tile,
             "attainment": round(attainment(copy, fma, timing.median), 4),
+            "microseconds": round(timing.median * 1e6, 2),
+            "predicted": round(plans[tile].predicted_seconds * 1e6, 2),
             "spread": round(timing.spread, 4),
             "registers": registers[tile],
         }
@@ -73,17 +83,20 @@ def main() -> None:
     parser.add_argument("--case", action="append", default=[], help="part of a case's name; repeatable")
     parser.add_argument("--dtype", action="append", default=[], choices=DTYPE_BYTES)
     parser.add_argument("--layout", action="append", default=[], choices=LAYOUTS)
+    parser.add_argument("--direction", default="forward", choices=DIRECTIONS)
+    parser.add_argument("--first", type=int, help="time so many tiles, those predicted as best; all by default")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     command = shlex.join(["python", "benchmarks/sweep_tiles.py", *sys.argv[1:]])
     report = {"conditions": asdict(conditions_here(torch, ROUNDS, command)), "cases": {}}
-    for name, problem in select(load_suite(options.suite), options.case, options.dtype, options.layout):
+    cases = load_suite(options.suite)
+    for name, problem in select(cases, options.case, options.dtype, options.layout, [options.direction]):
         try:
             preferred = best_plan(problem, device_spec(0), options.variant).tile
         except DepthwiseError as error:
             print(f"{name} {problem.dtype} {problem.layout}: {error}")
             continue
-        rows = sweep(problem, options.variant)
+        rows = sweep(problem, options.variant, options.first)
         report["cases"][f"{name} {problem.dtype} {problem.layout}"] = rows
         print(f"{name} {problem.dtype} {problem.layout}: {len(rows)} tiles")
         for number, row in enumerate(rows):

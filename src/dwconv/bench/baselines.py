@@ -184,6 +184,12 @@ def variant_contender(plan: Plan, tensors: Tensors, y: torch.Tensor) -> Contende
     return Contender(plan.variant, run, plan.tile, y)
 
 
+def empty_result(problem: DepthwiseProblem, device: torch.device | str) -> torch.Tensor:
+    """Where a plan of the problem writes: y or x's gradient in the problem's layout, or the filters' gradient."""
+    empty = torch.empty(problem.result_shape, dtype=getattr(torch, problem.dtype), device=device)
+    return empty if problem.direction == "grad_weight" else in_layout(empty, problem.layout)
+
+
 def contenders(
     problem: DepthwiseProblem, tensors: Tensors, names: Iterable[str], device: DeviceSpec
 ) -> Iterator[Contender | Missing]:
@@ -201,8 +207,7 @@ def contenders(
             elif name in REGISTRY:
                 plan = best_plan(problem, device, name)
                 if y is None:
-                    empty = torch.empty(problem.result_shape, dtype=tensors.x.dtype, device=tensors.x.device)
-                    y = empty if problem.direction == "grad_weight" else in_layout(empty, problem.layout)
+                    y = empty_result(problem, tensors.x.device)
                 yield variant_contender(plan, tensors, y)
             else:
                 raise DepthwiseError(f"contender={name!r} is unknown: use some of {', '.join(CONTENDERS)}")
