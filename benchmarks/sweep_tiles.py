@@ -42,9 +42,10 @@ def sweep(problem: DepthwiseProblem, stem: str, first: int | None = None) -> lis
     first: so many of the tiles that are predicted as best; else all.
     """
     device = device_spec(0)
-    found = legal(candidates(problem, device, stem))[:first]
     if first is None:
         found = REGISTRY[stem].every_plan(problem.lifted(2), device)
+    else:
+        found = legal(candidates(problem, device, stem))[:first]
     plans = {plan.tile: plan for plan in found}
     tensors = make_tensors(problem, "cuda")
     expected = expect(problem, tensors)

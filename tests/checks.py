@@ -9,6 +9,7 @@ import torch
 from dwconv import emulator, reference
 from dwconv.emulator import build
 from dwconv.plan import Plan
+from edge_plans import bits
 from problems import (
     make_epilogue,
     make_filter_gradient_inputs,
@@ -69,5 +70,9 @@ def check_filter_gradient(plan: Plan, order_seed: int | None = None, poison: boo
 
 def check_in_any_order(plan: Plan) -> None:
     """The result is right, and the same to the bit in another order of threads."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[plan.problem.element_bytes]
-    assert torch.equal(check(plan).view(bits), check(plan, order_seed=2).view(bits))
+    assert torch.equal(bits(check(plan)), bits(check(plan, order_seed=2)))
+
+
+def check_filter_gradient_in_any_order(plan: Plan) -> None:
+    """The same of gradients of filters and bias."""
+    assert torch.equal(bits(check_filter_gradient(plan)), bits(check_filter_gradient(plan, order_seed=3)))

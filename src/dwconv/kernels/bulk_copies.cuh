@@ -117,7 +117,7 @@ template <class T, class Stages>
 __device__ __forceinline__ void send_line(const Stages& stages, T* to, const T* line, int before, int length,
                                           const T* begin, const T* end) {
     constexpr int kVector = 16 / sizeof(T);
-    const int extent = before + length, whole = (extent + kVector - 1) / kVector * kVector;
+    const int extent = before + length, whole = ceil_div(extent, kVector) * kVector;
     const int first = line < begin ? kVector : 0;
     const int last = larger(line + whole > end ? whole - kVector : whole, first);
     if (last > first)

@@ -16,6 +16,11 @@ struct FilterGradients {
     unsigned* arrivals;  // zeros; zeros again after the launch
 };
 
+template <class Sum>
+__device__ __forceinline__ bool is_finite(Sum value) {
+    return value - value == Sum(0);
+}
+
 // Volumes: plane `number` of g, counted through all images, is plane `depth` of one of them; with a tap of the depth it
 // meets a plane of x, which may lie in the padding.
 struct MetPlanes {

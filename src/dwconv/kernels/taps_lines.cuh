@@ -310,7 +310,7 @@ __device__ __forceinline__ void finish_lines(const FilterGradients<typename W::E
         static_cast<Sum*>(tensors.partial) + static_cast<unsigned long long>(of_grid) * tiling.parts * W::kCount;
     Sum* const own = partial + static_cast<unsigned long long>(place.part) * W::kCount;
     sums.finish(shared_memory<Sum>(), [&](int index, Sum sum) {
-        if (C::kRepair && !(sum - sum == Sum(0))) {
+        if (C::kRepair && !is_finite(sum)) {
             const long long channel = first_channel + W::channel_of(index);
             sum = channel < sizes.out_channels
                       ? exact_block_sum<W>(tensors, sizes, tiling, place, channel, W::tap_of(index))

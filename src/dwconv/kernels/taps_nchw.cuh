@@ -120,11 +120,11 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     // Fills a stage from the first unit on, from this one, that adds anything, and says which one it was.
     const auto fill = [&](unsigned unit, unsigned which, const Stages* stages) {
         unit = next_unit<C>(unit, last, sizes, tiling, depth_tap);
-        TapsNchwNote note{last, 0, 0, 0, 0, 0};
+        TapsNchwNote note{};
         if (unit < last)
             note = copy_stage<C>(tensors, sizes, tiling, channel, channels, depth_tap, unit,
                                  elements + which * tiling.stage_elements, stages);
-        if (threadIdx.x % (C::kBulk ? 32 : C::kThreads) == 0) notes[which] = note;
+        if (threadIdx.x % C::kFillers == 0) notes[which] = note;
         return unit;
     };
     const auto read = [&](const TapsNchwNote& note, unsigned which) {
@@ -210,11 +210,11 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 struct Config : ProblemConfig {
     static constexpr bool kBulk = DWCONV_BULK;  // a warp of its own sends lines to stages
     static constexpr int kReaders = DWCONV_THREADS, kThreads = kReaders + (kBulk ? 32 : 0);
+    static constexpr int kFillers = kBulk ? 32 : kThreads;  // threads that fill a stage
     static constexpr int kMinBlocks = DWCONV_MIN_BLOCKS, kStages = DWCONV_STAGES;
     static constexpr int kCluster = DWCONV_CLUSTER;                       // parts that are a cluster, or 1
     static constexpr int kRows = DWCONV_ROWS, kColumns = DWCONV_COLUMNS;  // outputs of a tile
-    // Taps of a tile: neighbouring ones of the depth, each with as many of its plane.
-    static constexpr int kTapRows = DWCONV_TAP_ROWS, kTapColumns = DWCONV_TAP_COLUMNS;
+    static constexpr int kTapRows = DWCONV_TAP_ROWS, kTapColumns = DWCONV_TAP_COLUMNS;  // of a tile
     static constexpr int kReadX = DWCONV_READ_X, kReadG = DWCONV_READ_G;  // elements of one read of shared memory
     static constexpr bool kEvenRows = DWCONV_EVEN_ROWS, kEvenColumns = DWCONV_EVEN_COLUMNS;  // tiles don't overlap
     static constexpr bool kWholeHeight = DWCONV_WHOLE_HEIGHT,

@@ -81,7 +81,6 @@ struct TapsNchwStage {
 
 // What the threads that read a stage know of it.
 struct alignas(16) TapsNchwNote {
-    unsigned unit;
     int images;  // 0: there is no stage any more
     int nominal_row, nominal_column;
     int x, g;  // where row 0 and column 0 of the first plane would stand, in elements from the stage's first
@@ -168,7 +167,7 @@ __device__ __forceinline__ void copy_lines(const TapsNchwLines<T>& lines, const 
     for (int number = index; number < lines.count(); number += teams) {
         const TapsNchwLine<T> line(lines, number);
         const int extent = line.before + lines.length;
-        if (line.from >= lines.begin && line.from + (extent + kVector - 1) / kVector * kVector <= lines.end) {
+        if (line.from >= lines.begin && line.from + ceil_div(extent, kVector) * kVector <= lines.end) {
 #pragma unroll 4
             for (int at = rank * kVector; at < extent; at += kVector * threads)
                 copy_piece_or_zero<16, C::kCached>(line.to + at, line.from + at, true);
@@ -232,7 +231,7 @@ __device__ __forceinline__ TapsNchwNote copy_stage(const FilterGradients<typenam
     using T = typename C::Element;
     using Lines = TapsNchwLines<T>;
     const TapsNchwStage<C> stage(sizes, tiling, unit);
-    TapsNchwNote note{unit, stage.images, stage.nominal_row, stage.nominal_column, 0, 0};
+    TapsNchwNote note{stage.images, stage.nominal_row, stage.nominal_column, 0, 0};
     const bool by_rows = tiling.column_bands.divisor > 1;
     const TapsNchwPlanes<C, unsigned> planes(sizes, tiling, stage.image, depth_tap);
     const bool x_exists = planes.x_exists();
@@ -258,9 +257,8 @@ __device__ __forceinline__ TapsNchwNote copy_stage(const FilterGradients<typenam
     note.g = static_cast<int>(tiling.g_begin) + elements_behind_vector(g.from) -
              stage.row * static_cast<int>(tiling.g.row) - stage.column;
 
-    constexpr unsigned kTogether = C::kBulk ? 32 : C::kThreads;
     if (!x_exists) {  // g is summed for the bias beside zeros
-        for (unsigned at = tiling.x_begin + threadIdx.x % kTogether; at < tiling.g_begin; at += kTogether)
+        for (unsigned at = tiling.x_begin + threadIdx.x % C::kFillers; at < tiling.g_begin; at += C::kFillers)
             into[at] = T();
         if constexpr (C::kBulk) own_writes_before_copies();
     }

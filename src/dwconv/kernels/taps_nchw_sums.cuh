@@ -171,11 +171,6 @@ __device__ __forceinline__ bool add_parts(const FilterGradients<typename C::Elem
     return true;
 }
 
-template <class Sum>
-__device__ __forceinline__ bool is_finite(Sum value) {
-    return value - value == Sum(0);
-}
-
 // One sum, exactly as the formula has it: without products of padding. All threads call it; tap kTaps is the bias.
 template <class C, class Sum>
 __device__ __forceinline__ Sum sum_term_by_term(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,

@@ -11,7 +11,7 @@ from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
 from .strips import planar, too_deep, too_long
 from .taps_nchw_geometry import geometry_of
-from .taps_nchw_layout import BULK_COPIES, Geometry, Tile, at_once, whole
+from .taps_nchw_layout import Geometry, Tile, at_once, whole
 from .taps_nchw_tiles import taps_seconds, tiles_of
 
 
@@ -50,7 +50,7 @@ class TapsNchw(Variant):
             problem=problem,
             device=device,
             variant=self.stem,
-            constants=constants_of(problem, device, tile, geometry),
+            constants=constants_of(problem, tile, geometry),
             grid=(geometry.groups * geometry.parts, 1, 1),
             block=(geometry.threads, 1, 1),
             shared_bytes=geometry.shared_bytes,
@@ -78,9 +78,7 @@ def unlaunchable(problem: DepthwiseProblem) -> str | None:
     return None
 
 
-def constants_of(
-    problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry
-) -> tuple[tuple[str, int | str], ...]:
+def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[tuple[str, int | str], ...]:
     """What is compiled in: the problem's constants, and the tile's."""
     planes = planar(problem)
     found = problem_constants(problem) | {
@@ -101,7 +99,7 @@ def constants_of(
         "AT_ONCE": at_once(planes, tile, geometry),
         "CACHED": int(geometry.cached),
         "VOLUME": int(problem.dims == 3),
-        "BULK": int(device.sm >= BULK_COPIES),
+        "BULK": int(geometry.bulk),
         "STAGES": geometry.stages,
         "CLUSTER": geometry.cluster,
     }

@@ -113,6 +113,7 @@ def _cut(
     out_depth: of volumes, whose planes have stages of their own; else 0.
     """
     (height, width), (out_h, out_w), size = problem.size, problem.out_size, problem.element_bytes
+    bulk = device.sm >= BULK_COPIES
     vector = 16 // size
     of_thread = divided(row_tiles * column_tiles, threads) if tiled_taps > 1 else 1
     column_bands = row_bands = channels = images = 1
@@ -172,7 +173,7 @@ def _cut(
         cached=min(x.line_bytes, g.line_bytes) < SHORT_LINE, x=x, g=g, x_begin=x_begin, g_begin=g_begin,
         stage_elements=stage_elements, scratch=up(outputs + 1, 4), shared_bytes=0, partial_bytes=0,
         used=images * planes * tiled_taps * lanes * column_tiles,
-        threads=tile.threads + (32 if device.sm >= BULK_COPIES else 0),
+        bulk=bulk, threads=tile.threads + (32 if bulk else 0),
     )  # fmt: skip
     return replace(found, shared_bytes=shared_bytes(problem, tile, found))
 
@@ -255,7 +256,7 @@ def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry:
     each = divided(geometry.units, best)
     parts = divided(geometry.units, each)
     found = replace(geometry, parts=parts, part_units=each, blocks=blocks)
-    if device.sm >= BULK_COPIES:  # as many stages as the memory holds anyway
+    if found.bulk:  # as many stages as the memory holds anyway
         room = device.shared_bytes // blocks - 1024
         stages = room // (geometry.stage_elements * problem.element_bytes + HEAD_BYTES)
         found = replace(found, stages=max(2, min(MOST_STAGES, stages, each + 1)))

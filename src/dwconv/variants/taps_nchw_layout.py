@@ -82,7 +82,7 @@ class Geometry:
         scratch: sums of a block in shared memory.
         blocks: that a multiprocessor holds.
         used: threads of a block that have a tile.
-        threads: of a block, with the warp that sends stages, if there is one.
+        bulk: whether a warp of its own sends stages; threads: of a block, with that warp.
         stages: that a block has room for.
         cluster: 2 where the two parts of each group are a cluster, else 1.
         read_clocks: of shared memory, for a warp's read of x, of g.
@@ -117,6 +117,7 @@ class Geometry:
     used: int = 0
     depth_taps: int = 1
     read_clocks: tuple[int, int] = (1, 1)
+    bulk: bool = False
     threads: int = 0
     stages: int = 2
     cluster: int = 1

@@ -13,7 +13,6 @@ from .march import axes
 from .strips import divided, planar, up
 from .taps_nchw_geometry import geometry_of
 from .taps_nchw_layout import (
-    BULK_COPIES,
     Geometry,
     Tile,
     read_widths,
@@ -182,9 +181,9 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
     instructions, clocks, code = tile_counts(problem, tile, geometry)
     tiles = divided(geometry.row_tiles, geometry.row_lanes)
     warps = tile.threads / 32
-    # pieces of 16 bytes that a warp copies at once
-    copied = (geometry.x.elements + geometry.g.elements) * problem.element_bytes / 16 / tile.threads
-    copies = LINES_INSTRUCTIONS if device.sm >= BULK_COPIES else warps * (COPY_INSTRUCTIONS + 2 * copied)
+    in_stage = (geometry.x.elements + geometry.g.elements) * problem.element_bytes
+    copied = in_stage / 16 / tile.threads  # pieces of 16 bytes that a warp copies at once
+    copies = LINES_INSTRUCTIONS if geometry.bulk else warps * (COPY_INSTRUCTIONS + 2 * copied)
     work = warps * (tiles * instructions * slowed(code) + STAGE_INSTRUCTIONS) + copies
     shared = warps * (READ_CLOCKS * tiles * clocks + COPY_CLOCKS * copied)
     in_rows = geometry.row_tiles * tile.rows * problem.stride[0]
@@ -192,8 +191,6 @@ def taps_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geom
     x_bytes = problem.batch * problem.channels * math.prod(problem.size) * problem.element_bytes
     # taps of the depth read x and g through L2, beside one another
     stage_bytes = (problem.least_bytes + 0.2 * halo * x_bytes) / (geometry.units * geometry.groups)
-
-    in_stage = (geometry.x.elements + geometry.g.elements) * problem.element_bytes
 
     def stage(resident: int) -> float:
         """Seconds, if a multiprocessor has so many blocks."""

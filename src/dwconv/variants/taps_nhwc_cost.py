@@ -114,7 +114,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
     body = float((dram**3 + issue**3 + shared**3 + l2**3) ** (1 / 3))
     body *= 1.0 + (AGAIN if through_l1 and one.march.tap_tiles > TILES_AGAIN else 0.0)
-    splits = segments > max(1.0, one.march.part_rows / one.march.line_rows)
+    splits = one.march.part_rows % one.march.line_rows and one.march.line_rows % one.march.part_rows
     body *= 1.0 + FEWER_STAGES * max(0, 4 - tile.stages) + (SPLIT if splits else 0.0)
     vectors = one.count * problem.sum_bytes // 16
     several = one.march.parts > 1
