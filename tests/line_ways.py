@@ -158,6 +158,6 @@ def numbers_of(variant: LinesVariant, tile: Tile, one: Cut, plan: Plan) -> dict[
     return of_both | {
         "W::kStageBytes": one.layout.stage_bytes,
         "W::kGatesAt + dwconv::StageGates<Config::kStages, W::kThreads>::kBytes": plan.shared_bytes,
-        "W::kSumsBytes": one.slab * one.layout.row_bytes * tile.warps,
+        "W::kSumsBytes": 4 * one.count + one.slab * one.layout.row_bytes * tile.warps,
         "W::kSets * W::kChunks * Config::kOwn / 2": one.layout.products,
     }

@@ -14,6 +14,7 @@ from .compile import CompiledKernel
 from .device import PRESETS, DeviceSpec
 from .errors import DepthwiseError
 from .plan import Constants, Plan
+from .tensor_maps import encoded
 
 # Imported here and not where it is used first: it takes 10 ms, which no call should wait for.
 try:
@@ -23,6 +24,7 @@ except ImportError:
 
 _INVALID_CONTEXT = 201
 _STREAM_CAPTURE_UNSUPPORTED = 900
+_MAPPED, _MOST_MAPS = 2, 64  # operands that maps may be of; addresses of them whose maps are kept
 _UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupported version
 
 # (kernel_id, device index) -> CUfunction, and the module that keeps it loaded
@@ -150,11 +152,15 @@ def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
     tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
     shape = tuple(map(ctypes.c_uint, (*plan.grid, *plan.block, plan.shared_bytes)))
     launch_kernel, stream_of, address = _launch_kernel(), torch._C._cuda_getCurrentRawStream, ctypes.addressof
-    tensors_type, arguments_type, pointer = ctypes.c_void_p * 7, ctypes.c_void_p * 3, ctypes.c_void_p
+    tensors_type, arguments_type, pointer = ctypes.c_void_p * 7, ctypes.c_void_p * 4, ctypes.c_void_p
+    maps_at = functools.lru_cache(maxsize=_MOST_MAPS)(functools.partial(encoded, plan.maps)) if plan.maps else None
 
     def launch_now(*addresses: int) -> None:
         tensors = tensors_type(*addresses)  # twin of `dwconv::Tensors`, or of the smaller `dwconv::FilterGradients`
-        arguments = arguments_type(address(tensors), address(sizes), address(tiling))
+        maps = maps_at(addresses[:_MAPPED]) if maps_at is not None else None
+        arguments = arguments_type(
+            address(tensors), address(sizes), address(tiling), None if maps is None else address(maps)
+        )
         stream = pointer(stream_of(index))
         status = launch_kernel(function, *shape, stream, arguments, None)
         if status == _INVALID_CONTEXT:  # the first call of a thread

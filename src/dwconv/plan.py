@@ -15,6 +15,24 @@ CUDA_ELEMENTS = {"float16": "dwconv::Half", "bfloat16": "dwconv::BFloat16", "flo
 
 
 @dataclass(frozen=True, slots=True)
+class TensorMap:
+    """A tensor of four dimensions, the innermost one first, of which the copy engine copies boxes (sm_90 and newer).
+
+    Attributes:
+        operand: its address, by number among those of a launch.
+        sizes, box: elements; a box reaches out of the tensor, too, where it is zeros.
+        strides: bytes from one element of the outer three dimensions to the next one, multiples of 16.
+        element_bytes: of an element.
+    """
+
+    operand: int
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, int, int]
+    box: tuple[int, int, int, int]
+    element_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One way to compute a problem on a device.
 
@@ -29,6 +47,7 @@ class Plan:
         tiling: the fields of the variant's Tiling, 32-bit unsigned.
         tile: the choice in words.
         predicted_seconds: what the variant's cost model expects.
+        maps: what the kernel takes as its last argument, in this order; without any it has none.
     """
 
     problem: DepthwiseProblem
@@ -44,6 +63,7 @@ class Plan:
     predicted_seconds: float
     partial_bytes: int = 0
     arrivals: int = 0
+    maps: tuple[TensorMap, ...] = ()
 
     @property
     def kernel_id(self) -> tuple[str, Constants, str]:

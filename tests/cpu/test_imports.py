@@ -24,6 +24,7 @@ LAYERS = (
     ("device",),
     ("roofline",),
     ("plan",),
+    ("tensor_maps",),
     ("variants",),
     ("choose",),
     ("sources",),

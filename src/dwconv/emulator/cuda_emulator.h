@@ -13,6 +13,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ _Pragma("GCC error \"static __shared__ is not emulated: use dwconv::shared_memory<T>()\"")
 #define __align__(bytes) __attribute__((aligned(bytes)))
 

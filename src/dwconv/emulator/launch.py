@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import env
 from ..plan import Plan
 from ..problem import contiguous_strides, dense_strides
+from ..tensor_maps import emulated
 from . import build
 
 _MESSAGE_BYTES = 2048
@@ -135,14 +136,16 @@ def run_filter_gradient(
 
 def kernel_arguments(plan: Plan, *tensors: Tensor | None) -> list[Argument]:
     """What the entry of every kernel takes: Tensors (x, weight, bias, y, scale, shift, residual) or FilterGradients (x,
-    g, dw, db, partial, arrivals), Sizes and Tiling.
+    g, dw, db, partial, arrivals), Sizes and Tiling; where the plan has maps, those.
     """
     addresses = (ctypes.c_void_p * len(tensors))(
         *(tensor.data_ptr() if tensor is not None else None for tensor in tensors)
     )
     sizes = (ctypes.c_int64 * len(plan.sizes))(*plan.sizes)
     tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
-    return [addresses, sizes, tiling]
+    if not plan.maps:
+        return [addresses, sizes, tiling]
+    return [addresses, sizes, tiling, emulated(plan.maps, [address or 0 for address in addresses])]
 
 
 def launch_kernel(

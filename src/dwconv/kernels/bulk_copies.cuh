@@ -1,5 +1,6 @@
-// bulk_copies.cuh: stages of shared memory that one warp of a block fills, each stretch of memory by one instruction
-// (cp.async.bulk and mbarrier, sm_90 and newer); in the emulator a thread copies for itself, and gates are barriers
+// bulk_copies.cuh: stages of shared memory that a warp fills, for itself or for its block, each stretch of memory by
+// one instruction (cp.async.bulk and mbarrier, sm_90 and newer); in the emulator a thread copies for itself, and gates
+// are barriers
 //   The copies are made by another unit, the asynchronous proxy. What threads have written to shared memory by
 //   themselves, and copies will write again, is followed by own_writes_before_copies().
 #pragma once
@@ -14,9 +15,106 @@ __device__ __forceinline__ void own_writes_before_copies() {
 #endif
 }
 
+#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// For L2: lines that are read leave it before all others. What was written before, and isn't in memory yet, may stay.
+__device__ __forceinline__ unsigned long long evict_first() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+#endif
+
+// Starts a copy for the stage of a gate; addresses and `bytes`, more than 0, are multiples of 16. EvictFirst: of what
+// is copied, L2 keeps nothing that it would lose something else for.
+template <bool EvictFirst>
+__device__ __forceinline__ void send_bytes(unsigned gate, void* to, const void* from, unsigned bytes) {
+#ifdef DWCONV_EMULATOR
+    for (unsigned at = 0; at < bytes; at += 16)
+        *reinterpret_cast<Vector<int, 4>*>(static_cast<char*>(to) + at) =
+            *reinterpret_cast<const Vector<int, 4>*>(static_cast<const char*>(from) + at);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if constexpr (EvictFirst)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+            "%4;" ::"r"(address),
+            "l"(from), "r"(bytes), "r"(gate), "l"(evict_first())
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+            "l"(from), "r"(bytes), "r"(gate)
+            : "memory");
+#endif
+}
+
+// True in one lane of a whole warp. Compilers know that it is one: they need no loop over lanes that send.
+__device__ __forceinline__ bool is_elected() {
+#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    unsigned elected;
+    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(elected));
+    return elected;
+#else
+    return threadIdx.x % 32 == 0;
+#endif
+}
+
+// A warp's own stages, filled and read in turn: each is on its way while the ones before are read.
+template <int Stages>
+class WarpStages {
+    unsigned gates_ = 0;  // the address of Stages gates
+    unsigned filled_ = 0, read_ = 0, round_ = 0;
+
+public:
+    static constexpr int kBytes = 8 * Stages;
+
+    // `gates`: kBytes of shared memory that stay this warp's. All lanes call it.
+    __device__ __forceinline__ explicit WarpStages(void* gates) {
+#ifdef DWCONV_EMULATOR
+        static_cast<void>(gates);
+#else
+        gates_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
+        if (threadIdx.x % 32 == 0) {
+#pragma unroll
+            for (int k = 0; k < Stages; ++k) Gate::initialize(gates_ + 8 * k, 1);
+            own_writes_before_copies();
+        }
+        __syncwarp();
+#endif
+    }
+
+    // Of the stage that is filled now.
+    __device__ __forceinline__ unsigned gate() const { return gates_ + 8 * filled_; }
+    // For the lane that sends to it, once: so many bytes will arrive.
+    __device__ __forceinline__ void expect(unsigned bytes) const {
+#ifdef DWCONV_EMULATOR
+        static_cast<void>(bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        asm volatile(
+            "{\n\t.reg .b64 state;\n\tmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n\t}" ::"r"(gate()),
+            "r"(bytes)
+            : "memory");
+#endif
+    }
+    // All lanes: what is sent from now on goes to the next stage.
+    __device__ __forceinline__ void is_sent() { filled_ = filled_ + 1 == Stages ? 0 : filled_ + 1; }
+
+    // All lanes: the next stage to be read is there for all of them, and none reads those before it any more.
+    __device__ __forceinline__ void wait_until_full() {
+#ifndef DWCONV_EMULATOR
+        Gate::wait(gates_ + 8 * read_, round_);
+        if (++read_ == Stages) {
+            read_ = 0;
+            round_ ^= 1;
+        }
+#endif
+        __syncwarp();
+    }
+};
+
 // Stages of shared memory that one warp fills and the others, `Readers` threads, read: each as far ahead of the other
 // as there are stages. Both go through them in the same order; in the emulator the warp waits until a stage is read.
-template <int Stages, int Readers>
+template <int Stages, int Readers, bool EvictFirst>
 class BulkStages {
     unsigned stage_ = 0, round_ = 0;
 #ifdef DWCONV_EMULATOR
@@ -69,18 +167,13 @@ public:
         Gate::wait(empty(), round_ ^ 1);  // in the first round nothing was there
 #endif
     }
-    // Starts a copy to the stage; addresses and `bytes`, more than 0, are multiples of 16.
+    // Starts a copy to the stage: see send_bytes.
     __device__ __forceinline__ void send(void* to, const void* from, unsigned bytes) const {
 #ifdef DWCONV_EMULATOR
-        for (unsigned at = 0; at < bytes; at += 16)
-            *reinterpret_cast<Vector<int, 4>*>(static_cast<char*>(to) + at) =
-                *reinterpret_cast<const Vector<int, 4>*>(static_cast<const char*>(from) + at);
+        send_bytes<EvictFirst>(0, to, from, bytes);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
         asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(full()), "r"(bytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                     "l"(from), "r"(bytes), "r"(full())
-                     : "memory");
+        send_bytes<EvictFirst>(full(), to, from, bytes);
 #endif
     }
     // This lane has sent all that it sends to the stage, and written what it writes by itself. All lanes call it.

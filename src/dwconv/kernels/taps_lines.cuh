@@ -282,6 +282,17 @@ __device__ __forceinline__ float sum_of_four(float of_lane) {
     return of_lane;
 }
 
+// Passes all sums of a block, which its warps have left at `totals`, to found(index, sum). All threads call it. One
+// place that does this is less code than one for each channel of a warp: code that runs once has to be fetched from
+// afar.
+template <class W, class Found>
+__device__ __forceinline__ void find_totals(const float* totals, const Found& found) {
+    __syncthreads();
+#pragma unroll 1
+    for (int index = static_cast<int>(threadIdx.x); index < W::kSums * W::kBlockChannels; index += W::kThreads)
+        found(index, totals[index]);
+}
+
 // What a block does with the sums of its warps: sums.finish(scratch, found) passes each to found(index, sum). All
 // threads call it.
 template <class W, class Sums>

@@ -151,12 +151,14 @@ struct TapsMatrixSums {
     }
 
     // Passes the sums of the warp's channels to found(index, sum): index = tap * channels of the block + channel; the
-    // bias is behind the last tap. `scratch` has room for kSlab rows of taps of each warp.
+    // bias is behind the last tap. `scratch` has room for all sums of the block, then for kSlab rows of taps of each
+    // warp.
     template <class Found>
     __device__ __forceinline__ void finish(float* scratch, const Found& found) const {
         constexpr int kPitch = 9, kMatrix = 16 * W::kMatrices * kPitch;  // floats
         const int lane = static_cast<int>(threadIdx.x % 32), channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
-        float* const own = scratch + threadIdx.x / 32 * (C::kSlab * kMatrix);
+        float* const totals = scratch + channel;
+        float* const own = scratch + W::kCount + threadIdx.x / 32 * (C::kSlab * kMatrix);
 #pragma unroll
         for (int o = 0; o < C::kOwn; ++o) {
 #pragma unroll
@@ -176,15 +178,16 @@ struct TapsMatrixSums {
                 for (int index = lane; index < count; index += 32) {
                     const int u = index / C::kTapsB, v = index - u * C::kTapsB;
                     const float* from = own + u * kMatrix + (v * W::kSpreadB + C::kLead) * kPitch;
-                    found((first * C::kTapsB + index) * W::kBlockChannels + channel + o,
-                          diagonal_sum<W::kStrideB, kPitch>(from));
+                    totals[(first * C::kTapsB + index) * W::kBlockChannels + o] =
+                        diagonal_sum<W::kStrideB, kPitch>(from);
                 }
             }
             if constexpr (C::kHasBias) {
                 const float sum = sum_of_four(bias[o][0] + bias[o][1]);
-                if (lane == 0) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + o, sum);
+                if (lane == 0) totals[C::kTapsA * C::kTapsB * W::kBlockChannels + o] = sum;
             }
         }
+        find_totals<W>(scratch, found);
     }
 };
 

@@ -113,7 +113,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 
     const unsigned first = part * tiling.part_units;
     const unsigned last = min(first + tiling.part_units, tiling.units);
-    using Stages = BulkStages<C::kStages, C::kReaders>;
+    using Stages = BulkStages<C::kStages, C::kReaders, C::kEvictFirst>;
     unsigned char* const shared = shared_memory<unsigned char>();
     TapsNchwNote* const notes = reinterpret_cast<TapsNchwNote*>(shared + Stages::kBytes);
     T* const elements = reinterpret_cast<T*>(notes + C::kStages);
@@ -205,6 +205,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 #define DWCONV_BULK 1
 #define DWCONV_STAGES 2
 #define DWCONV_CLUSTER 1
+#define DWCONV_EVICT_FIRST 0
 #endif
 
 struct Config : ProblemConfig {
@@ -221,8 +222,9 @@ struct Config : ProblemConfig {
                           kWholeWidth = DWCONV_WHOLE_WIDTH;  // and are as large as g
     // Rows and columns of padding at the far ends that outputs reach.
     static constexpr int kBottomReach = DWCONV_BOTTOM_REACH, kRightReach = DWCONV_RIGHT_REACH;
-    static constexpr int kAtOnce = DWCONV_AT_ONCE;  // sums of a thread that are added up at once
-    static constexpr bool kCached = DWCONV_CACHED;  // copies go through L1
+    static constexpr int kAtOnce = DWCONV_AT_ONCE;           // sums of a thread that are added up at once
+    static constexpr bool kCached = DWCONV_CACHED;           // copies go through L1
+    static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;  // what kBulk sends leaves L2 before all else
     static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth: its planes are images, as many times as taps of it
 };
 

@@ -9,16 +9,19 @@
 //   flight: warps don't wait for each other. Then the block adds up its tiles, and the last block the blocks, in one
 //   order; of many blocks, the last one of each few neighbours adds up those before.
 //   grid: see taps_lines.cuh, of groups of kChunks chunks of channels
-//   shared memory: stages [kWarps][kStages] (W::kStage); then sums [kSlab][threads]
+//   shared memory: stages [kWarps][kStages] (W::kStage); then sums [kSlab][threads]; behind both, gates of boxes
 //   least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for more tiles of taps
 #pragma once
+#include "taps_nhwc_boxes.cuh"
+#include "taps_nhwc_copies.cuh"
 #include "taps_nhwc_sums.cuh"
 
 namespace dwconv {
 
-template <class C>
+// maps: of kBoxes, else nothing.
+template <class C, class... Maps>
 __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,
-                                          const LinesTiling& tiling) {
+                                          const LinesTiling& tiling, const Maps&... maps) {
     using W = TapsNhwc<C>;
     using Element = typename C::Element;
     constexpr unsigned kStageBytes = W::kStage * sizeof(Element);
@@ -28,7 +31,14 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
     unsigned position = has_channels ? place.first : place.end;
 
     Element* const stages = shared_memory<Element>() + threadIdx.x / 32 * (C::kStages * W::kStage);
-    TapsCopies<C> copies(tensors, sizes, place, tiling, stages, position);
+    auto copies = [&] {
+        if constexpr (C::kBoxes)
+            return TapsBoxes<C>(maps..., sizes, place, tiling, stages,
+                                shared_memory<unsigned char>() + W::kGatesAt + threadIdx.x / 32 * (8 * C::kStages),
+                                position);
+        else
+            return TapsCopies<C>(tensors, sizes, place, tiling, stages, position);
+    }();
 #pragma unroll 1
     for (int k = 0; k < C::kStages - 1; ++k) copies.copy(k * kStageBytes, tensors, sizes);
 
@@ -52,8 +62,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
         int phase = 0;
 #pragma unroll 1
         for (int step = segment.first; step < segment.last; step += C::kStageSteps) {
-            wait_for_copies<C::kStages - 2>();
-            __syncwarp();  // the stage is there for all lanes, and none reads the one any more that is filled now
+            copies.wait_until_full();
             copies.copy(next_stage, tensors, sizes);
             const unsigned char* const shared = shared_memory<unsigned char>() + stage;
             const auto* const g_at = reinterpret_cast<const Element*>(shared + g_own);
@@ -67,7 +76,7 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
             stage = stage + kStageBytes == C::kStages * kStageBytes ? 0 : stage + kStageBytes;
         }
     }
-    wait_for_copies<0>();
+    copies.wait_for_all();
 
     finish_lines<W>(tensors, sizes, tiling, place, taps);
 }
@@ -96,6 +105,8 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
 #define DWCONV_G_BYTES 16
 #define DWCONV_X_BYTES 16
 #define DWCONV_CACHED 1
+#define DWCONV_BOXES 0
+#define DWCONV_EVICT_FIRST 0
 #define DWCONV_WIDTH 0
 #define DWCONV_SLAB 9
 #define DWCONV_REPAIR 1
@@ -111,6 +122,8 @@ struct Config : ProblemConfig {
     static constexpr int kStages = DWCONV_STAGES, kStageSteps = DWCONV_STAGE_STEPS;
     static constexpr int kGBytes = DWCONV_G_BYTES, kXBytes = DWCONV_X_BYTES;
     static constexpr bool kCached = DWCONV_CACHED;
+    static constexpr bool kBoxes = DWCONV_BOXES;             // rows come by one copy each, of maps
+    static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;  // such rows leave L2 before all else
     static constexpr int kWidth = DWCONV_WIDTH, kSlab = DWCONV_SLAB;
     static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth
     static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
@@ -118,8 +131,16 @@ struct Config : ProblemConfig {
 
 using Tiling = dwconv::LinesTiling;
 
+#if DWCONV_BOXES
+#define DWCONV_MAPS , const __grid_constant__ dwconv::GradientMaps maps
+#define DWCONV_GIVEN_MAPS , maps
+#else
+#define DWCONV_MAPS
+#define DWCONV_GIVEN_MAPS
+#endif
+
 extern "C" __global__ void __launch_bounds__(32 * Config::kWarps, Config::kMinBlocks)
     dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
-                  const Tiling tiling) {
-    dwconv::taps_nhwc<Config>(tensors, sizes, tiling);
+                  const Tiling tiling DWCONV_MAPS) {
+    dwconv::taps_nhwc<Config>(tensors, sizes, tiling DWCONV_GIVEN_MAPS);
 }

@@ -157,10 +157,9 @@ struct TapsSums {
                 const int value = index / kLanes, lane = index % kLanes;
                 const Sum* from = scratch + value * W::kThreads + lane / C::kLanes * 32 + lane % C::kLanes;
                 Sum sum = 0;
-#pragma unroll 1
-                for (int warp = 0; warp < C::kWarps / C::kChunks; ++warp)
 #pragma unroll
-                    for (int tile = 0; tile < W::kTiles; ++tile) sum += from[warp * C::kChunks * 32 + tile * C::kLanes];
+                for (int line = 0; line < W::kLines; ++line)
+                    sum += from[line / W::kTiles * (C::kChunks * 32) + line % W::kTiles * C::kLanes];
                 found(first * kLanes + index, sum);
             }
         }

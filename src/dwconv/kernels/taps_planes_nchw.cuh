@@ -10,7 +10,7 @@
 //   Then the last block of a group of channels adds up what its blocks have found, in one order; of many blocks, the
 //   last one of each few neighbours adds up those before.
 //   grid.x = tiles of taps * groups of channels * parts of the images, in this order
-//   shared memory: stages [kWarps][kStages] (W::kStageBytes)
+//   shared memory: stages [kWarps][kStages] (W::kStageBytes), then gates (kBulk); at the end, sums in the stages' place
 //   least DRAM traffic: x + g, once each; all for more tiles of taps, and pieces that two warps share, come from L2
 #pragma once
 #include "taps_planes_nchw_sums.cuh"
@@ -36,22 +36,18 @@ __device__ __forceinline__ void taps_planes_nchw(const FilterGradients<typename 
 
     constexpr unsigned kStagesBytes = C::kStages * W::kStageBytes;
     const unsigned begin = warp * kStagesBytes, last = begin + kStagesBytes - W::kStageBytes;
-    const CopyPlace stages(shared_memory<unsigned char>());
-    PlaneCopies<typename W::XStretch, Element> x(tensors.x, channel / C::kMultiplier * (C::kHeight * C::kWidth),
-                                                 sizes.x_image, image, 0, W::kXOwn * W::kXPlaneBytes);
-    PlaneCopies<typename W::GStretch, Element> g(tensors.g, channel * (C::kOutHeight * C::kOutWidth), place.g_image,
-                                                 image, W::kGAt, C::kOwn * W::kGPlaneBytes);
+    auto copies = [&] {
+        if constexpr (C::kBulk)
+            return PlaneStretches<W>(tensors, sizes, place, channel, image);
+        else
+            return PlanePieces<W>(tensors, sizes, place, channel, image);
+    }();
     const auto copy = [&](unsigned stage) {
-        if (image < end) {
-            const int images = static_cast<int>(min(tiling.images, end) - image);
-            x.copy(stages, stage, images, sizes.x_image);
-            g.copy(stages, stage, images, place.g_image);
-            image += C::kImages;
-        }
-        end_of_copies();
+        copies.copy(stage, static_cast<int>(min(tiling.images, end)) - static_cast<int>(image), sizes, place);
+        image += C::kImages;
     };
 
-    TapsPlanesSums<C, Tile> taps(x.before, g.before);
+    TapsPlanesSums<C, Tile> taps(copies.x.before, copies.g.before);
     if (channel < sizes.out_channels) {
         const unsigned first = image;
 #pragma unroll 1
@@ -59,15 +55,14 @@ __device__ __forceinline__ void taps_planes_nchw(const FilterGradients<typename 
         unsigned stage = begin, filled = last;
 #pragma unroll 1
         for (unsigned at = first; at < end; at += C::kImages) {
-            wait_for_copies<C::kStages - 2>();
-            __syncwarp();  // the stage is there for all lanes, and none reads the one any more that is filled now
+            copies.wait_until_full();
             copy(filled);
             taps.add(stage);
             filled = stage;
             stage = stage == last ? begin : stage + W::kStageBytes;
         }
     }
-    wait_for_copies<0>();
+    copies.wait_for_all();
     __syncthreads();
     finish_lines<W>(tensors, sizes, tiling, place, taps);
 }
@@ -92,6 +87,8 @@ __device__ __forceinline__ void taps_planes_nchw(const FilterGradients<typename 
 #define DWCONV_MIN_BLOCKS 1
 #define DWCONV_STAGES 2
 #define DWCONV_SLAB 3
+#define DWCONV_BULK 0
+#define DWCONV_EVICT_FIRST 0
 #define DWCONV_REPAIR 1
 #endif
 
@@ -102,6 +99,8 @@ struct Config : ProblemConfig {
     static constexpr int kOwn = DWCONV_OWN;        // channels of a warp
     static constexpr int kWarps = DWCONV_WARPS, kMinBlocks = DWCONV_MIN_BLOCKS, kStages = DWCONV_STAGES;
     static constexpr int kSlab = DWCONV_SLAB;  // rows of taps of a warp's channels that are in shared memory at the end
+    static constexpr bool kBulk = DWCONV_BULK;               // a lane sends whole stretches; else all lanes copy pieces
+    static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;  // what kBulk sends leaves L2 before all else
     static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
     static constexpr int kTapsA = DWCONV_TAPS_A, kTapsB = kFilterW;  // of a tile
     // What taps_lines.cuh asks for: the march goes down the rows, planes are those of images.

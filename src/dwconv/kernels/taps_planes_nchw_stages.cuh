@@ -4,7 +4,7 @@
 //   Lanes read two bytes, or two columns in four where rows are whole words; pitches make those of four images that a
 //   warp reads at once lie in different banks.
 #pragma once
-#include "copies.cuh"
+#include "bulk_copies.cuh"
 #include "taps_lines.cuh"
 
 namespace dwconv {
@@ -95,9 +95,15 @@ struct TapsPlanes : TapsLines<C, C::kOwn * C::kWarps> {
     static constexpr int kXPitch = XStretch::kPitch, kGPitch = GStretch::kPitch;
     static constexpr int kGAt = C::kImages * kXPitch;
     static constexpr int kStageBytes = kGAt + C::kImages * kGPitch;
+    // Behind the stages, and behind what takes their place at the end: sums of the block with kSlab rows of taps of
+    // each warp, or of the last block's threads.
+    static constexpr int kTapRowBytes = 4 * C::kWidth * (C::kOutWidth | 1);
+    static constexpr int kSumsBytes = 4 * Base::kCount + C::kSlab * C::kWarps * kTapRowBytes;
+    static constexpr int kGatesAt =
+        up(larger(C::kWarps * C::kStages * kStageBytes, larger(kSumsBytes, 16 * (Base::kThreads + 1))), 16);
 };
 
-// A warp's copies of one tensor.
+// A warp's copies of one tensor, by its lanes.
 template <class Stretch, class Element>
 struct PlaneCopies {
     const Element* at;  // the lane's first piece of its next image
@@ -137,6 +143,106 @@ struct PlaneCopies {
             at += Stretch::kAtOnce * image_elements;
         }
     }
+};
+
+// A warp's copies of both, by its lanes.
+template <class W>
+struct PlanePieces {
+    using C = typename W::Config;
+    using Element = typename W::Element;
+    PlaneCopies<typename W::XStretch, Element> x;
+    PlaneCopies<typename W::GStretch, Element> g;
+    const CopyPlace stages;
+
+    __device__ __forceinline__ PlanePieces(const FilterGradients<Element>& tensors, const Sizes& sizes,
+                                           const LinesPlace<W>& place, long long channel, unsigned image)
+        : x(tensors.x, channel / C::kMultiplier * (C::kHeight * C::kWidth), sizes.x_image, image, 0,
+            W::kXOwn * W::kXPlaneBytes),
+          g(tensors.g, channel * (C::kOutHeight * C::kOutWidth), place.g_image, image, W::kGAt,
+            C::kOwn * W::kGPlaneBytes),
+          stages(shared_memory<unsigned char>()) {}
+
+    // Starts the copies of a stage, of which `images` exist: none where there is nothing more to copy.
+    __device__ __forceinline__ void copy(unsigned stage, int images, const Sizes& sizes, const LinesPlace<W>& place) {
+        if (images > 0) {
+            x.copy(stages, stage, images, sizes.x_image);
+            g.copy(stages, stage, images, place.g_image);
+        }
+        end_of_copies();
+    }
+    // The next stage is there for all lanes, and none reads the one any more that is filled next.
+    __device__ __forceinline__ void wait_until_full() const {
+        wait_for_copies<C::kStages - 2>();
+        __syncwarp();
+    }
+    __device__ __forceinline__ void wait_for_all() const { wait_for_copies<0>(); }
+};
+
+// What one lane of a warp sends of one tensor: the stretch of each image of a stage.
+template <class Stretch, class Element, int Images>
+struct PlaneSends {
+    const Element* from;     // the next image's whole pieces
+    unsigned to;             // in a stage
+    unsigned bytes, before;  // of each image; of them, before the stretch
+
+    // `stretch` is where that of image 0 begins, in elements.
+    __device__ __forceinline__ PlaneSends(const Element* tensor, long long stretch, long long image_elements,
+                                          unsigned image, unsigned stage_at, int stretch_bytes)
+        : from(tensor + (stretch - stretch % 8 + image * image_elements)),
+          to(stage_at),
+          bytes(up(static_cast<int>(stretch % 8) * 2 + stretch_bytes, 16)),
+          before(static_cast<unsigned>(stretch % 8) * 2) {}
+
+    // For the lane that sends: `images` of a stage exist, and the others are zeros.
+    template <bool EvictFirst>
+    __device__ __forceinline__ void send(unsigned gate, unsigned char* stage, int images, long long image_elements) {
+#pragma unroll
+        for (int k = 0; k < Images; ++k)
+            if (k < images)
+                send_bytes<EvictFirst>(gate, stage + (to + k * Stretch::kPitch), from + k * image_elements, bytes);
+#pragma unroll 1
+        for (int k = images; k < Images; ++k)
+#pragma unroll 1
+            for (unsigned at = 0; at < bytes; at += 16)
+                *reinterpret_cast<uint4*>(stage + (to + k * Stretch::kPitch + at)) = uint4{0, 0, 0, 0};
+    }
+    // All lanes: the next stage's images are sent next.
+    __device__ __forceinline__ void advance(long long image_elements) { from += Images * image_elements; }
+};
+
+// A warp's copies of both, by one lane, each stretch by an instruction (kBulk).
+template <class W>
+struct PlaneStretches {
+    using C = typename W::Config;
+    using Element = typename W::Element;
+    PlaneSends<typename W::XStretch, Element, C::kImages> x;
+    PlaneSends<typename W::GStretch, Element, C::kImages> g;
+    WarpStages<C::kStages> stages;
+
+    __device__ __forceinline__ PlaneStretches(const FilterGradients<Element>& tensors, const Sizes& sizes,
+                                              const LinesPlace<W>& place, long long channel, unsigned image)
+        : x(tensors.x, channel / C::kMultiplier * (C::kHeight * C::kWidth), sizes.x_image, image, 0,
+            W::kXOwn * W::kXPlaneBytes),
+          g(tensors.g, channel * (C::kOutHeight * C::kOutWidth), place.g_image, image, W::kGAt,
+            C::kOwn * W::kGPlaneBytes),
+          stages(shared_memory<unsigned char>() + W::kGatesAt + threadIdx.x / 32 * (8 * C::kStages)) {}
+
+    // As of PlanePieces.
+    __device__ __forceinline__ void copy(unsigned stage, int images, const Sizes& sizes, const LinesPlace<W>& place) {
+        if (images > 0) {
+            if (is_elected()) {
+                unsigned char* const to = shared_memory<unsigned char>() + stage;
+                stages.expect(static_cast<unsigned>(smaller(images, C::kImages)) * (x.bytes + g.bytes));
+                x.template send<C::kEvictFirst>(stages.gate(), to, images, sizes.x_image);
+                g.template send<C::kEvictFirst>(stages.gate(), to, images, place.g_image);
+            }
+            x.advance(sizes.x_image);
+            g.advance(place.g_image);
+        }
+        stages.is_sent();
+    }
+    __device__ __forceinline__ void wait_until_full() { stages.wait_until_full(); }
+    __device__ __forceinline__ void wait_for_all() const {}  // each was waited for
 };
 
 }  // namespace dwconv

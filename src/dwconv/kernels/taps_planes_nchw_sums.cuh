@@ -211,12 +211,14 @@ struct TapsPlanesSums {
     }
 
     // Passes the sums of the warp's channels to found(index, sum): index = tap * channels of the block + channel; the
-    // bias is behind the last tap. `scratch` has room for kSlab rows of taps of each warp.
+    // bias is behind the last tap. `scratch` has room for all sums of the block, then for kSlab rows of taps of each
+    // warp.
     template <class Found>
     __device__ __forceinline__ void finish(float* scratch, const Found& found) const {
         constexpr int kTapRows = C::kOwn * C::kTapsA;  // of all channels
         const int lane = static_cast<int>(threadIdx.x % 32), channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
-        float* const own = scratch + threadIdx.x / 32 * (C::kSlab * kMatrix);
+        float* const totals = scratch + channel;
+        float* const own = scratch + W::kCount + threadIdx.x / 32 * (C::kSlab * kMatrix);
 #pragma unroll
         for (int first = 0; first < kTapRows; first += C::kSlab) {
             const int end = smaller(first + C::kSlab, kTapRows);
@@ -245,24 +247,27 @@ struct TapsPlanesSums {
                     if (static_cast<unsigned>(column) < static_cast<unsigned>(C::kWidth))
                         sum += from[column * kPitch + n];
                 }
-                found((u * C::kTapsB + v) * W::kBlockChannels + channel + o, sum);
+                totals[(u * C::kTapsB + v) * W::kBlockChannels + o] = sum;
             }
         }
-        if constexpr (W::kBias) {
+        if constexpr (C::kHasBias) {
             float of_lane = 0;
+            if constexpr (W::kBias) {
 #pragma unroll
-            for (int o = 0; o < C::kOwn; ++o) {
-                float sum = 0;
+                for (int o = 0; o < C::kOwn; ++o) {
+                    float sum = 0;
 #pragma unroll
-                for (int block = 0; block < W::kGBlocks; ++block)
+                    for (int block = 0; block < W::kGBlocks; ++block)
 #pragma unroll
-                    for (int e = 0; e < 2; ++e)
-                        if (W::g_column(block, lane % 4 * 2 + e) < C::kOutWidth) sum += bias[o][block][e];
-                sum = sum_of_four(sum);
-                if (lane == o) of_lane = sum;
+                        for (int e = 0; e < 2; ++e)
+                            if (W::g_column(block, lane % 4 * 2 + e) < C::kOutWidth) sum += bias[o][block][e];
+                    sum = sum_of_four(sum);
+                    if (lane == o) of_lane = sum;
+                }
             }
-            if (lane < C::kOwn) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + lane, of_lane);
+            if (lane < C::kOwn) totals[C::kTapsA * C::kTapsB * W::kBlockChannels + lane] = of_lane;
         }
+        find_totals<W>(scratch, found);
     }
 };
 

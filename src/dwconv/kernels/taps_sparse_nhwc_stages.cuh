@@ -65,9 +65,10 @@ struct TapsSparse : TapsLines<C, C::kOwn * C::kWarps> {
     static constexpr int kGPlaneBytes = up(8 * kSets * kGChunkBytes, 128, 64);
     static constexpr int kXRowBytes = kXChunks * kXChunkBytes, kGAt = Base::kRows * kXRowBytes;
     static constexpr int kStageBytes = kGAt + 2 * kGPlaneBytes;
-    // Behind the stages, and behind what takes their place at the end: sums of kSlab rows of taps of each warp, or of
-    // the last block's threads.
-    static constexpr int kSumPitch = 9, kSumsBytes = 4 * 16 * kChunks * kSumPitch * C::kSlab * C::kWarps;
+    // Behind the stages, and behind what takes their place at the end: sums of the block with kSlab rows of taps of
+    // each warp, or of the last block's threads.
+    static constexpr int kSumPitch = 9;
+    static constexpr int kSumsBytes = 4 * (Base::kCount + 16 * kChunks * kSumPitch * C::kSlab * C::kWarps);
     static constexpr int kGatesAt =
         up(larger(C::kStages * kStageBytes, larger(kSumsBytes, 16 * (Base::kThreads + 1))), 16);
     // What is read before copies are started: the row of g, where registers are left for it; so all, if that isn't

@@ -145,12 +145,13 @@ struct TapsSparseSums {
         }
     }
 
-    // See finish_lines. `scratch` has room for kSlab rows of taps of each warp.
+    // See finish_lines. `scratch` has room for all sums of the block, then for kSlab rows of taps of each warp.
     template <class Found>
     __device__ __forceinline__ void finish(float* scratch, const Found& found) const {
         constexpr int kPitch = W::kSumPitch, kChannel = 8 * W::kChunks * kPitch, kMatrix = 2 * kChannel;  // floats
         const int lane = static_cast<int>(threadIdx.x % 32), channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
-        float* const own = scratch + threadIdx.x / 32 * (C::kSlab * kMatrix);
+        float* const totals = scratch + channel;
+        float* const own = scratch + W::kCount + threadIdx.x / 32 * (C::kSlab * kMatrix);
 #pragma unroll
         for (int p = 0; p < kWarpPairs; ++p) {
 #pragma unroll
@@ -170,18 +171,19 @@ struct TapsSparseSums {
                 for (int index = lane; index < 2 * count; index += 32) {
                     const int h = index / count, tap = index - h * count, u = tap / C::kTapsB;
                     const float* from = own + u * kMatrix + h * kChannel + (tap - u * C::kTapsB) * kPitch;
-                    found((first * C::kTapsB + tap) * W::kBlockChannels + channel + 2 * p + h,
-                          diagonal_sum<W::kStrideB, kPitch>(from));
+                    totals[(first * C::kTapsB + tap) * W::kBlockChannels + 2 * p + h] =
+                        diagonal_sum<W::kStrideB, kPitch>(from);
                 }
             }
             if constexpr (C::kHasBias) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const float sum = sum_of_four(bias[p][2 * h] + bias[p][2 * h + 1]);
-                    if (lane == 0) found(C::kTapsA * C::kTapsB * W::kBlockChannels + channel + 2 * p + h, sum);
+                    if (lane == 0) totals[C::kTapsA * C::kTapsB * W::kBlockChannels + 2 * p + h] = sum;
                 }
             }
         }
+        find_totals<W>(scratch, found);
     }
 };
 

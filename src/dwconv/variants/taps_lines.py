@@ -71,8 +71,10 @@ class LinesVariant(Variant):
         live, rows = divided(tile.taps[0], along.stride), min(along.stride, tile.taps[0])
         threads, limit = 32 * tile.warps, device.shared_bytes - 1024
         in_stages, tap_row = tile.stages * layout.stage_bytes, layout.row_bytes * tile.warps
-        slab = max(1, min(tile.taps[0], in_stages // tap_row))
-        shared_bytes = up(max(in_stages, slab * tap_row, 16 * threads + 16), 16) + tile.stages * layout.gate_bytes
+        count = up((tile.taps[0] * tile.taps[1] + problem.bias) * tile.channels, 4)
+        slab = max(1, min(tile.taps[0], (in_stages - 4 * count) // tap_row))
+        in_sums = max(4 * count + slab * tap_row, 16 * threads + 16)
+        shared_bytes = up(max(in_stages, in_sums), 16) + tile.stages * layout.gate_bytes
         if shared_bytes > limit:
             return f"its rows take {shared_bytes} bytes of shared memory, more than {limit}"
         resident = max(1, min(tile.min_blocks, device.shared_bytes // (shared_bytes + 1024), device.threads // threads))
@@ -82,7 +84,7 @@ class LinesVariant(Variant):
             rows=rows,
             shared_bytes=shared_bytes,
             slab=slab,
-            count=up((tile.taps[0] * tile.taps[1] + problem.bias) * tile.channels, 4),
+            count=count,
             resident=resident,
             march=march(
                 problem.batch,

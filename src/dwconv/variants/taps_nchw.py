@@ -9,6 +9,7 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
+from .streams import streams
 from .strips import planar, too_deep, too_long
 from .taps_nchw_geometry import geometry_of
 from .taps_nchw_layout import Geometry, Tile, at_once, whole
@@ -50,7 +51,7 @@ class TapsNchw(Variant):
             problem=problem,
             device=device,
             variant=self.stem,
-            constants=constants_of(problem, tile, geometry),
+            constants=constants_of(problem, device, tile, geometry),
             grid=(geometry.groups * geometry.parts, 1, 1),
             block=(geometry.threads, 1, 1),
             shared_bytes=geometry.shared_bytes,
@@ -78,7 +79,9 @@ def unlaunchable(problem: DepthwiseProblem) -> str | None:
     return None
 
 
-def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tuple[tuple[str, int | str], ...]:
+def constants_of(
+    problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry
+) -> tuple[tuple[str, int | str], ...]:
     """What is compiled in: the problem's constants, and the tile's."""
     planes = planar(problem)
     found = problem_constants(problem) | {
@@ -102,6 +105,7 @@ def constants_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> t
         "BULK": int(geometry.bulk),
         "STAGES": geometry.stages,
         "CLUSTER": geometry.cluster,
+        "EVICT_FIRST": int(geometry.bulk and streams(problem, device, times=problem.lifted(3).filter[0])),
     }
     return tuple(sorted(found.items()))
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .banks import banked
+from .streams import BULK_COPIES
 from .strips import divided, planar, up
 from .taps_nchw_layout import (
-    BULK_COPIES,
     HEAD_BYTES,
     MOST_STAGES,
     Geometry,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ..problem import DepthwiseProblem
 from .strips import divided, up
 
-BULK_COPIES = 90  # the first architecture whose copies take an instruction each, whatever their length
 HEAD_BYTES = 48  # of shared memory, before the stages, for each of them: two gates and a note
 MOST_STAGES = 4
 AT_ONCE = 16  # sums of each thread that are added up at once, or more where stages have taken the room for them

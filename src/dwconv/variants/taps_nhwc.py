@@ -11,7 +11,9 @@ from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
 from .base import Variant
 from .march import axes, marching_plan, unmarchable
+from .streams import streams
 from .strips import depth_taps, planar
+from .taps_nhwc_boxes import boxed, tensor_maps
 from .taps_nhwc_cost import seconds
 from .taps_nhwc_tiles import LARGE, Tile, cut, piece_bytes, tiles
 
@@ -44,9 +46,10 @@ class TapsNhwc(Variant):
                 timed[tile] = seconds(planes, device, tile, one)
 
         for tile in dict.fromkeys(tiles(planes, device, deep)):
-            consider(tile)
+            for each in boxed(problem, device, tile):
+                consider(each)
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_SHAPES]:
-            for stages in range(2, tile.stages):
+            for stages in () if tile.boxes else range(2, tile.stages):
                 consider(replace(tile, stages=stages))
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
             along, _ = axes(planes, tile.turned)
@@ -56,7 +59,7 @@ class TapsNhwc(Variant):
                 if several and one and several.march.parts > one.march.parts:
                     consider(waves)
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_TILES]:
-            if min(piece_bytes(planes, tile) or (0,)) == 16:
+            if min(piece_bytes(planes, tile) or (0,)) == 16 and not tile.boxes:
                 consider(replace(tile, cached=False))
         alike: Counter[Tile] = Counter()
         offered: list[Tile] = []
@@ -92,6 +95,9 @@ class TapsNhwc(Variant):
         one = cut(planes, device, tile, deep)
         if one is None:
             return rejected(f"the rows of a block take more than {device.shared_bytes - 1024} bytes")
+        maps = tensor_maps(problem, device, tile) if tile.boxes else ()
+        if maps is None:
+            return rejected(f"{device.arch} copies no such rows at once")
         constants = {
             "TURNED": int(tile.turned),
             "TAPS_D": tile.depth_taps,
@@ -108,12 +114,14 @@ class TapsNhwc(Variant):
             "G_BYTES": pieces[0],
             "X_BYTES": pieces[1],
             "CACHED": int(tile.cached),
+            "BOXES": int(tile.boxes),
+            "EVICT_FIRST": int(tile.boxes and streams(problem, device, times=max(deep, one.march.tap_tiles))),
             "WIDTH": one.width,
             "SLAB": one.slab,
             "REPAIR": 1,
             "VOLUME": int(problem.dims == 3),
         }
-        return marching_plan(
+        plan = marching_plan(
             self.stem,
             problem,
             device,
@@ -125,3 +133,4 @@ class TapsNhwc(Variant):
             count=one.count,
             predicted_seconds=seconds(planes, device, tile, one),
         )
+        return replace(plan, maps=maps) if isinstance(plan, Plan) else plan

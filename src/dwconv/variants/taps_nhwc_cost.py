@@ -10,26 +10,30 @@ from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .march import Axis, axes
 from .parts import gathered
+from .streams import LINE
 from .strips import divided
 from .taps_nhwc_tiles import Cut, Tile, piece_bytes
 
-# Constants of the model: fitted to 961 tiles of 92 problems, then to 680 of the best ones of 96 (H200, 2026-11).
-READ, COPY, TAP_ROW, SEGMENT = 1.65, 10.0, 7.0, 860.0  # instructions of a warp
+# Constants of the model, fitted to 987 tiles of 62 problems, most of them with boxes (H200, 2026-11).
+READ, COPY, BOX, TAP_ROW, SEGMENT = 1.27, 11.1, 24.0, 6.5, 570.0  # instructions of a warp
 DEPTH_TAP = 0.2  # of TAP_ROW, for each further tap of the depth: they share the comparisons
 LONG_CODE, FETCHED = 900, 1.5  # products of a step from which on fetching code slows them down, and how much
-IDLE_WARPS = 2.8  # issue slots are used as warps / (warps + IDLE_WARPS)
-LOAD_CLOCKS = 2.2  # of a multiprocessor's shared memory, for a warp's load
-L2_BYTES = 40.0  # of a clock, to a multiprocessor
-NARROW = 0.04  # more DRAM time for each halving of a warp's pieces of 128 bytes
-LATE = 1.35  # latencies of DRAM that bytes in flight must last for
-THRASH, LINES_KEPT = 0.42, 0.73  # more DRAM time for each doubling of the lines in flight beyond this share of L1
+IDLE_WARPS = 3.3  # issue slots are used as warps / (warps + IDLE_WARPS)
+LOAD_CLOCKS = 2.8  # of a multiprocessor's shared memory, for a warp's load
+L2_BYTES = 36.5  # of a clock, to a multiprocessor
+NARROW = 0.066  # more DRAM time for each halving of a warp's pieces of 128 bytes
+LATE = 0.95  # latencies of DRAM that bytes in flight must last for
+CROWD, FEW = 0.016, 12  # more DRAM time for each warp of a multiprocessor beyond so many
+# More DRAM time of boxes that share lines of L2 with others, for each doubling of the bytes in flight beyond so many.
+APART, TOGETHER = 0.25, 73e3
+THRASH, LINES_KEPT = 0.26, 0.725  # more DRAM time for each doubling of the lines in flight beyond this share of L1
 PAST_NARROW, PAST_START = 0.4, 4.0e-6  # of copies past L1, for each halving; and once
 TILES_AGAIN, AGAIN = 4, 0.03  # more tiles of taps than these read so much that L1 costs this share of time
 LAST_WAVE = 0.4  # of a block: what a multiprocessor waits for others in the end, of several waves
 FEWER_STAGES = 0.006  # more time for each stage less than four: warps wait for one another's copies more
-SPLIT = 0.002  # more time where parts begin or end within lines
-START, PARTS = 3.2e-6, 3.2e-6  # beside the launch; to leave parts, and find the last block
-ROUND = 0.57e-6  # of loads of parts
+SPLIT = 0.0055  # more time where parts begin or end within lines
+START, PARTS = 3.8e-6, 1.6e-6  # beside the launch; to leave parts, and find the last block
+ROUND = 0.61e-6  # of loads of parts
 
 
 @lru_cache(maxsize=256)
@@ -72,6 +76,9 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     copies = divided(g_columns, pieces[0] // word)
     x_rows = 1 if flat else tile.depth_taps * one.rows
     copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * x_rows
+    copy = COPY * copies
+    if tile.boxes:
+        copy = BOX * (1 + x_rows)
     fma = products * tile.depth_taps * tile.taps[0] * tile.vector * min(1.0, along.size / (along.out * along.stride))
     share = 1.0  # of rows that are marched over
     if one.march.tap_tiles > 1 or along.filter > along.out:
@@ -82,9 +89,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
         fma *= FETCHED
     loads = tile.columns + tile.depth_taps * one.rows * one.kept
     step = fma * (2 if problem.dtype == "float64" else 1) + READ * read * loads
-    step += COPY * copies / tile.stage_steps + (
-        0 if flat else TAP_ROW * one.live * (1 + DEPTH_TAP * (tile.depth_taps - 1))
-    )
+    step += copy / tile.stage_steps + (0 if flat else TAP_ROW * one.live * (1 + DEPTH_TAP * (tile.depth_taps - 1)))
     step += problem.bias * tile.columns * tile.vector
     segments = pieces_of_lines(one.march.part_rows, one.march.line_rows)
     steps = one.march.part_rows * share + segments * (one.live - 1) * (1.0 if flat else 0.4)
@@ -103,20 +108,23 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     chunk = tile.lanes * word
     together = chunk if chunk < problem.out_channels * problem.element_bytes else chunk * tile.columns
     dram = problem.least_bytes / (device.dram_gbs * 1e9) * (1.0 + NARROW * math.log2(128 / min(128, together)))
-    through_l1 = tile.cached or min(pieces) < 16
+    through_l1 = not tile.boxes and (tile.cached or min(pieces) < 16)
     flying = min(one.resident, of_multiprocessor) * tile.warps * (tile.stages - 1) * one.stage_bytes
     if through_l1:  # which has a line of 128 bytes for each piece in flight
         lines = max(1, flying) * 128 // min(128, together)
         kept = LINES_KEPT * device.l1_beside(one.resident * (one.shared_bytes + 1024))
         dram *= 1.0 + THRASH * max(0.0, math.log2(lines / kept))
-    else:
+    elif not tile.boxes:
         dram *= 1.0 + PAST_NARROW * math.log2(128 / min(128, chunk))
+    if tile.boxes and problem.out_channels * problem.element_bytes % LINE:
+        dram *= 1.0 + APART * max(0.0, math.log2(max(1, flying) / TOGETHER))
+    dram *= 1.0 + CROWD * max(0.0, min(one.resident, of_multiprocessor) * tile.warps - FEW)
     dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
     body = float((dram**3 + issue**3 + shared**3 + l2**3) ** (1 / 3))
-    body *= 1.0 + (AGAIN if through_l1 and one.march.tap_tiles > TILES_AGAIN else 0.0)
+    body *= 1.0 + (AGAIN if (through_l1 or tile.boxes) and one.march.tap_tiles > TILES_AGAIN else 0.0)
     splits = one.march.part_rows % one.march.line_rows and one.march.line_rows % one.march.part_rows
     body *= 1.0 + FEWER_STAGES * max(0, 4 - tile.stages) + (SPLIT if splits else 0.0)
     vectors = one.count * problem.sum_bytes // 16
     several = one.march.parts > 1
     last = PARTS + ROUND * gathered(vectors, 32 * tile.warps, one.march.parts)[1] if several else 0.0
-    return LAUNCH_SECONDS + START + (0.0 if through_l1 else PAST_START) + body + last
+    return LAUNCH_SECONDS + START + (0.0 if through_l1 or tile.boxes else PAST_START) + body + last

@@ -34,6 +34,7 @@ class Tile:
         min_blocks: blocks that a multiprocessor shall hold, which limits a thread's registers.
         cached: copies go through L1.
         depth_taps: of a lane, of the depth: neighbouring ones, all of whose planes of x meet each row of g.
+        boxes: rows come by one copy each, of the copy engine; else by the lanes' copies.
         waves: of blocks; more than one where tiles of taps meet unlike numbers of rows, and last unlike times.
     """
 
@@ -50,6 +51,7 @@ class Tile:
     cached: bool = True
     depth_taps: int = 1
     waves: int = 1
+    boxes: bool = False
 
     def __str__(self) -> str:
         taps = "×".join(map(str, ((self.depth_taps,) if self.depth_taps > 1 else ()) + self.taps))
@@ -57,7 +59,7 @@ class Tile:
         return (
             f"{taps} taps, {self.columns} columns × {self.vector} channels a lane, {self.lanes} lanes, "
             f"{self.chunks} chunks, {self.warps} warps, {self.stages} stages of {self.stage_steps} steps{waves}"
-            f"{', along rows' if self.turned else ''}{'' if self.cached else ', past L1'}"
+            f"{', along rows' if self.turned else ''}{', boxes' if self.boxes else '' if self.cached else ', past L1'}"
         )
 
 
@@ -121,21 +123,22 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     kept = max(1, min(across.size, window - across.padding)) if narrow else window
 
     def region(columns: int, pitch: int) -> int:
-        return up(columns * pitch * size, 16)
+        return up(columns * pitch * size, 128 if tile.boxes else 16)
 
     pitch = warp_tiles * channels
     stage_bytes = region(tile.stage_steps * tile.columns, pitch)
     stage_bytes += region(tile.stage_steps * tile.depth_taps * rows * kept, pitch // problem.multiplier)
     values = (tile.depth_taps * tile.taps[0] * tile.taps[1] + problem.bias) * tile.vector
     threads, of_sum = 32 * tile.warps, problem.sum_bytes
-    limit = device.shared_bytes - 1024
+    gate_bytes = 8 * tile.warps * tile.stages if tile.boxes else 0
+    limit = device.shared_bytes - 1024 - gate_bytes
     in_stages = max(tile.warps * tile.stages * stage_bytes, 16 * threads + 16)
     if in_stages > limit:
         return None
     # All sums at a time, if that costs no resident block.
-    fitting = (device.shared_bytes // (device.shared_bytes // (in_stages + 1024)) - 1024) // (threads * of_sum)
-    slab = max(1, min(values, fitting))
-    shared_bytes = up(max(in_stages, slab * threads * of_sum), 16)
+    of_block = device.shared_bytes // (device.shared_bytes // (in_stages + gate_bytes + 1024))
+    slab = max(1, min(values, (of_block - 1024 - gate_bytes) // (threads * of_sum)))
+    shared_bytes = up(max(in_stages, slab * threads * of_sum), 16) + gate_bytes
 
     resident = max(1, min(tile.min_blocks, device.shared_bytes // (shared_bytes + 1024), device.threads // threads))
     return Cut(

@@ -16,6 +16,7 @@ from . import taps_lines
 from .base import Variant
 from .march import March, marching_plan
 from .parts import gathered
+from .streams import BULK_COPIES, streams
 from .strips import divided, up
 from .taps_lines import FIRST_ARCHITECTURE
 
@@ -28,6 +29,7 @@ MOST_TAP_TILES = 4
 ALIKE = 2  # tiles of the same images, channels and warps that are worth timing
 
 # Constants of the cost model; estimates.
+LEAST_STRETCH = 128  # bytes: 112 of 7² planes took 15.6 µs where lanes' copies take 14.0, 208 of two 15.4 and not 16.5
 STAGE = 40.0  # instructions of a warp beside reads, products and copies
 FINISH = 8.0  # of a warp at the end for each register of sums
 IDLE_WARPS = 5.0  # issue slots are used as warps / (warps + IDLE_WARPS)
@@ -76,6 +78,7 @@ class Cut:
     Attributes:
         stage_bytes: of a warp; shared_bytes: of a block; slab: rows of taps of a warp's channels that are in
             shared memory at the end.
+        bulk: whether one lane sends whole stretches of memory, else all lanes copy pieces of them.
         count: sums of a block, as whole vectors; sums: registers of a thread that hold them.
         products: of matrices, of a warp and stage; reads, copies: instructions for them. Of several tiles of taps: on
             average.
@@ -87,6 +90,7 @@ class Cut:
     stage_bytes: int
     shared_bytes: int
     slab: int
+    bulk: bool
     count: int
     sums: float
     products: float
@@ -160,6 +164,8 @@ class TapsPlanesNchw(Variant):
             "MIN_BLOCKS": tile.min_blocks,
             "STAGES": tile.stages,
             "SLAB": one.slab,
+            "BULK": int(one.bulk),
+            "EVICT_FIRST": int(one.bulk and streams(problem, device, one.march.tap_tiles)),
             "REPAIR": 1,
         }
         return marching_plan(
@@ -302,8 +308,13 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
     g_pitch, g_copies = stretch(2 * tile.own * out_height * out_width, 2 * (g_columns - out_width), tile.images)
     stage_bytes = tile.images * (x_pitch + g_pitch)
     in_stages, tap_row = tile.warps * tile.stages * stage_bytes, tile.warps * 4 * width * (out_width | 1)
-    slab = max(1, min(tile.own * tile.taps, in_stages // tap_row))
-    shared_bytes = up(max(in_stages, slab * tap_row, 16 * 32 * tile.warps + 16), 16)
+    count = up((tile.taps * problem.filter[1] + problem.bias) * tile.channels, 4)
+    slab = max(1, min(tile.own * tile.taps, (in_stages - 4 * count) // tap_row))
+    shared_bytes = up(max(in_stages, 4 * count + slab * tap_row, 16 * 32 * tile.warps + 16), 16)
+    least = 2 * tile.own * min(height * width // problem.multiplier, out_height * out_width)
+    bulk = device.sm >= BULK_COPIES and least >= LEAST_STRETCH
+    if bulk:
+        shared_bytes += 8 * tile.warps * tile.stages
     if tile.min_blocks * (shared_bytes + 1024) > device.shared_bytes:
         return f"its planes take {shared_bytes} bytes of shared memory of a block"
     groups, stages = divided(problem.out_channels, tile.channels), divided(problem.batch, tile.images)
@@ -313,7 +324,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
         stage_bytes=stage_bytes,
         shared_bytes=shared_bytes,
         slab=slab,
-        count=up((tile.taps * problem.filter[1] + problem.bias) * tile.channels, 4),
+        bulk=bulk,
+        count=count,
         sums=tile.own * sums,
         products=tile.own * products,
         reads=tile.own * reads,

@@ -1,0 +1,82 @@
+// tensor_copies.cuh: boxes of a tensor, copied to shared memory by one instruction each (cp.async.bulk.tensor, sm_90
+// and newer)
+//   The copy engine knows the tensor by a map that the host has made (tensor_maps.py). What a box has outside of the
+//   tensor becomes zeros. In the emulator the thread copies for itself.
+#pragma once
+#include "bulk_copies.cuh"
+
+namespace dwconv {
+
+// A tensor of four dimensions, the innermost one first. On a GPU it is the driver's, and opaque; in the emulator: its
+// address, four sizes, bytes from one to the next of the outer three dimensions, four sizes of a box, bytes of an
+// element.
+struct
+#ifndef DWCONV_EMULATOR
+    alignas(64)
+#endif
+        TensorMap {
+    unsigned long long words[16];
+};
+
+// Boxes of channels-last tensors: x, and y's gradient.
+struct GradientMaps {
+    TensorMap x, g;
+};
+
+#ifdef DWCONV_EMULATOR
+inline void copy_box_in_emulator(const TensorMap& map, void* to, const int (&first)[4]) {
+    const unsigned long long* const sizes = map.words + 1;
+    const unsigned long long* const steps = map.words + 5;
+    const unsigned long long* const box = map.words + 8;
+    const unsigned long long element = map.words[12];
+    unsigned char* at = static_cast<unsigned char*>(to);
+    for (unsigned long long d = 0; d < box[3]; ++d)
+        for (unsigned long long c = 0; c < box[2]; ++c)
+            for (unsigned long long b = 0; b < box[1]; ++b)
+                for (unsigned long long a = 0; a < box[0]; ++a, at += element) {
+                    const long long index[4] = {
+                        first[0] + static_cast<long long>(a), first[1] + static_cast<long long>(b),
+                        first[2] + static_cast<long long>(c), first[3] + static_cast<long long>(d)};
+                    bool exists = true;
+                    unsigned long long offset = index[0] * element;
+                    for (int k = 0; k < 4; ++k) {
+                        exists = exists && index[k] >= 0 && index[k] < static_cast<long long>(sizes[k]);
+                        if (k > 0) offset += index[k] * steps[k - 1];
+                    }
+                    for (unsigned long long byte = 0; byte < element; ++byte)
+                        at[byte] = exists ? reinterpret_cast<const unsigned char*>(map.words[0])[offset + byte] : 0;
+                }
+}
+#endif
+
+// The engine fetches the map of a tensor before it is needed.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
+}
+
+// For one lane: starts a copy to `to`, a multiple of 128 bytes, for the stage of a gate. EvictFirst: of what is copied,
+// L2 keeps nothing that it would lose something else for.
+template <bool EvictFirst>
+__device__ __forceinline__ void send_box(unsigned gate, void* to, const TensorMap& map, int a, int b, int c, int d) {
+#ifdef DWCONV_EMULATOR
+    copy_box_in_emulator(map, to, {a, b, c, d});
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if constexpr (EvictFirst)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+            "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(address),
+            "l"(&map), "r"(a), "r"(b), "r"(c), "r"(d), "r"(gate), "l"(evict_first())
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+            "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(address),
+            "l"(&map), "r"(a), "r"(b), "r"(c), "r"(d), "r"(gate)
+            : "memory");
+#endif
+}
+
+}  // namespace dwconv
