@@ -23,6 +23,8 @@ class TensorMap:
         sizes, box: elements; a box reaches out of the tensor, too, where it is zeros.
         strides: bytes from one element of the outer three dimensions to the next one, multiples of 16.
         element_bytes: of an element.
+        swizzle: bytes of a box's rows, 32, 64 or 128, whose pieces of 16 trade places in shared memory: piece k of line
+            `line` of 128 bytes is where piece k ^ line % (swizzle / 16) would be. 0: none do.
     """
 
     operand: int
@@ -30,6 +32,7 @@ class TensorMap:
     strides: tuple[int, int, int]
     box: tuple[int, int, int, int]
     element_bytes: int
+    swizzle: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ BYTES, _ALIGNMENT = 128, 64  # of a map
 _WORDS = BYTES // 8
 # The driver's names of types: unsigned integers, whose bits nothing changes.
 _UNSIGNED = {1: 0, 2: 1, 4: 2, 8: 4}
-_NO_INTERLEAVE = _NO_SWIZZLE = _ZEROS_OUTSIDE = 0
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+_NO_INTERLEAVE = _ZEROS_OUTSIDE = 0
 _FETCH_LINES = 2  # L2 fetches 128 bytes where less is wanted
 
 Words = Any  # ctypes.c_uint64 * n
@@ -46,7 +47,7 @@ def encoded(maps: Sequence[TensorMap], addresses: Sequence[int]) -> Words:
             (ctypes.c_uint32 * rank)(*given.box),
             (ctypes.c_uint32 * rank)(*(1,) * rank),
             _NO_INTERLEAVE,
-            _NO_SWIZZLE,
+            _SWIZZLES[given.swizzle],
             _FETCH_LINES,
             _ZEROS_OUTSIDE,
         )
@@ -60,6 +61,13 @@ def emulated(maps: Sequence[TensorMap], addresses: Sequence[int]) -> Words:
     """The same for the emulator, whose kernels read the maps' fields themselves (kernels/tensor_copies.cuh)."""
     words: list[int] = []
     for given in maps:
-        fields = (addresses[given.operand], *given.sizes, *given.strides, *given.box, given.element_bytes)
+        fields = (
+            addresses[given.operand],
+            *given.sizes,
+            *given.strides,
+            *given.box,
+            given.element_bytes,
+            given.swizzle,
+        )
         words += [*fields, *(0,) * (_WORDS - len(fields))]
     return (ctypes.c_uint64 * len(words))(*words)

@@ -107,8 +107,23 @@ DEPTHS = [
         Tile(False, (3, 3), 6, 8, 1, depth_taps=3),
     ),
 ]
+# Rows as boxes: incomplete chunks and lines, narrow images, strides, multipliers, classes of rows, tiles of taps, depths.
+box = partial(Tile, lanes=32, vector=1, warps=2, boxes=True)
+BOXES = [
+    (problem(2, 40, (7, 9), 3, padding=1, bias=True), box(False, (3, 3), 5)),
+    (problem(3, 80, (6, 14), 5, padding=2, dtype="float16"), box(False, (5, 5), 14, vector=2, stages=2)),
+    (problem(2, 32, (9, 7), 7, padding=3, dtype="float64"), box(False, (7, 7), 7, warps=3, stages=3)),
+    (problem(1, 64, (17, 23), 3, stride=2, padding=1, dtype="bfloat16"), box(False, (3, 3), 6, vector=2)),
+    (problem(2, 16, (9, 20), 3, padding=1, multiplier=2), box(False, (3, 3), 8)),
+    (problem(1, 32, (25, 27), 3, stride=(2, 1), padding=4, dilation=(3, 1)), box(False, (3, 3), 4, stages=4)),
+    (problem(1, 32, (12, 28), (9, 13), padding=(4, 6), bias=True), box(False, (5, 13), 8)),
+    (problem(1, 36, (20, 9), (3, 8), padding=(0, 3)), box(True, (8, 3), 6)),
+    (problem(2, 32, (7, 8), 3, padding=1, x_strides=(9 * 9 * 48, 1, 9 * 48, 48)), box(False, (3, 3), 4)),
+    (problem(2, 40, (5, 7, 9), 3, padding=1, bias=True), box(False, (3, 3), 4, depth_taps=3)),
+    (problem(2, 32, (6, 9, 8), (4, 5, 5), stride=(2, 1, 1), padding=(1, 2, 2)), box(False, (5, 5), 4, depth_taps=2)),
+]
 TILES = [plan for given in EDGES for plan in plans_of(given)]
-TILES += [plan for given, tile in DEPTHS if isinstance(plan := VARIANT.plan(given, H200, tile), Plan)]
+TILES += [plan for given, tile in DEPTHS + BOXES if isinstance(plan := VARIANT.plan(given, H200, tile), Plan)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,6 +159,25 @@ def test_tiles_of_several_depth_taps_are_legal():
     plans = [VARIANT.plan(given, H200, tile) for given, tile in DEPTHS]
     assert all(isinstance(plan, Plan) for plan in plans), plans
     assert {dict(plan.constants)["TAPS_D"] for plan in plans if isinstance(plan, Plan)} == {2, 3}
+
+
+def test_tiles_of_boxes_are_legal():
+    plans = [VARIANT.plan(given, H200, tile) for given, tile in BOXES]
+    assert all(isinstance(plan, Plan) and plan.maps for plan in plans), plans
+    assert {dict(plan.constants)["EVICT_FIRST"] for plan in plans if isinstance(plan, Plan)} == {0, 1}
+
+
+def test_what_no_box_holds_is_copied_by_lanes():
+    tile = box(False, (3, 3), 5)
+    for given in (
+        problem(2, 42, (7, 9), 3, padding=1),  # pixels that are no multiples of 16 bytes
+        problem(2, 40, (7, 9), 3, padding=1, aligned=4),
+        problem(2, 40, (7, 9), 3, padding=2, dilation=2),  # columns of classes
+        problem(2, 32, (4, 5, 6), 3, padding=1, x_strides=(12000, 1, 3000, 320, 32)),
+    ):
+        assert isinstance(VARIANT.plan(given, H200, tile), Rejection)
+        assert not any(plan.maps for plan in VARIANT.every_plan(given, H200))
+    assert "sm_80" in VARIANT.plan(problem(2, 40, (7, 9), 3, padding=1), PRESETS["sm_80"], tile).reason
 
 
 def test_the_last_block_adds_many_parts_in_slices():

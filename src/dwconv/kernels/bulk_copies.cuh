@@ -8,13 +8,6 @@
 
 namespace dwconv {
 
-// What this thread has written to shared memory stands there before a copy that starts after the next barrier.
-__device__ __forceinline__ void own_writes_before_copies() {
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 #if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // For L2: lines that are read leave it before all others. What was written before, and isn't in memory yet, may stay.
 __device__ __forceinline__ unsigned long long evict_first() {
@@ -45,6 +38,17 @@ __device__ __forceinline__ void send_bytes(unsigned gate, void* to, const void* 
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
             "l"(from), "r"(bytes), "r"(gate)
             : "memory");
+#endif
+}
+
+// For one lane, once for each of those that fill the stage of a gate: so many bytes will arrive.
+__device__ __forceinline__ void expect_bytes(unsigned gate, unsigned bytes) {
+#ifdef DWCONV_EMULATOR
+    static_cast<void>(gate), static_cast<void>(bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n\t}" ::"r"(gate),
+                 "r"(bytes)
+                 : "memory");
 #endif
 }
 
@@ -85,17 +89,6 @@ public:
 
     // Of the stage that is filled now.
     __device__ __forceinline__ unsigned gate() const { return gates_ + 8 * filled_; }
-    // For the lane that sends to it, once: so many bytes will arrive.
-    __device__ __forceinline__ void expect(unsigned bytes) const {
-#ifdef DWCONV_EMULATOR
-        static_cast<void>(bytes);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        asm volatile(
-            "{\n\t.reg .b64 state;\n\tmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n\t}" ::"r"(gate()),
-            "r"(bytes)
-            : "memory");
-#endif
-    }
     // All lanes: what is sent from now on goes to the next stage.
     __device__ __forceinline__ void is_sent() { filled_ = filled_ + 1 == Stages ? 0 : filled_ + 1; }
 

@@ -92,12 +92,13 @@ __device__ __forceinline__ Vector<T, Width> load_written(const T* address) {
 // Adds up `count` sums of `parts` blocks, partial[parts][count], part after part, and passes each to store(index, sum).
 // Where there are more threads than vectors of 16 bytes, they share the parts: each slice of neighbouring parts is
 // summed by other threads, and then slice after slice. All Threads threads of the block must call it; `scratch` is
-// 16 * Threads bytes of shared memory that nobody uses. `partial` and `count` are whole vectors. `apart`: sums from one
+// 16 * Threads bytes of shared memory that nobody uses. Ahead: loads of a thread that are in flight, of four registers
+// each. `partial` and `count` are whole vectors. `apart`: sums from one
 // part to the next one, `count` where it is 0. The sums may be stored to the first part.
-template <int Threads, class Sum, class Store>
+template <int Threads, int Ahead, class Sum, class Store>
 __device__ __forceinline__ void finish_filter_gradients(const Sum* partial, unsigned parts, unsigned count,
                                                         Sum* scratch, const Store& store, unsigned apart = 0) {
-    constexpr int kWidth = 16 / sizeof(Sum), kAhead = 8;
+    constexpr int kWidth = 16 / sizeof(Sum);
     const unsigned long long pitch = apart == 0 ? count : apart;
     const unsigned vectors = count / kWidth;
     const unsigned slices = vectors < Threads ? min(Threads / vectors, parts) : 1;
@@ -110,17 +111,17 @@ __device__ __forceinline__ void finish_filter_gradients(const Sum* partial, unsi
         if (slice < slices) {
             const Sum* from = partial + first_part * pitch + vector * kWidth;
 #pragma unroll 1
-            for (unsigned part = first_part; part < end_part; part += kAhead) {
-                Vector<Sum, kWidth> found[kAhead];
+            for (unsigned part = first_part; part < end_part; part += Ahead) {
+                Vector<Sum, kWidth> found[Ahead];
 #pragma unroll
-                for (unsigned k = 0; k < kAhead; ++k)
+                for (unsigned k = 0; k < Ahead; ++k)
                     if (part + k < end_part) found[k] = load_written<kWidth>(from + k * pitch);
 #pragma unroll
-                for (unsigned k = 0; k < kAhead; ++k)
+                for (unsigned k = 0; k < Ahead; ++k)
                     if (part + k < end_part)
 #pragma unroll
                         for (int e = 0; e < kWidth; ++e) sums[e] += found[k].element[e];
-                from += kAhead * pitch;
+                from += Ahead * pitch;
             }
         }
 #pragma unroll
@@ -145,7 +146,7 @@ __device__ __forceinline__ void finish_filter_gradients(const Sum* partial, unsi
 // passes each to store(index, sum). Of more than `gathered` parts, the last block of each `gathered` neighbours adds up
 // theirs first. `arrivals`: a counter for all parts, or one for each of those gatherers and one for them, of each
 // `of_grid`. All threads must call it; `scratch` is 16 * (Threads + 1) bytes of shared memory that nobody uses.
-template <int Threads, unsigned Count, class Sum, class Store>
+template <int Threads, int Ahead, unsigned Count, class Sum, class Store>
 __device__ __forceinline__ void finish_parts(Sum* partial, unsigned parts, unsigned gathered, unsigned part,
                                              unsigned of_grid, unsigned* arrivals, Sum* scratch, const Store& store) {
     int* const flag = reinterpret_cast<int*>(scratch + 16 / sizeof(Sum) * Threads);
@@ -154,17 +155,17 @@ __device__ __forceinline__ void finish_parts(Sum* partial, unsigned parts, unsig
     const auto store_all = [&](unsigned index, Sum sum) { store(static_cast<int>(index), sum); };
     if (gatherers == 1) {
         if (arrives_last(arrivals, parts, flag))
-            finish_filter_gradients<Threads>(partial, parts, Count, scratch, store_all);
+            finish_filter_gradients<Threads, Ahead>(partial, parts, Count, scratch, store_all);
         return;
     }
     const unsigned gatherer = part / gathered, first = gatherer * gathered;
     const unsigned of_gatherer = min(gathered, parts - first);
     if (!arrives_last(arrivals + gatherer, of_gatherer, flag)) return;
     Sum* const found = partial + static_cast<unsigned long long>(first) * Count;
-    finish_filter_gradients<Threads>(found, of_gatherer, Count, scratch,
-                                     [&](unsigned index, Sum sum) { found[index] = sum; });
+    finish_filter_gradients<Threads, Ahead>(found, of_gatherer, Count, scratch,
+                                            [&](unsigned index, Sum sum) { found[index] = sum; });
     if (arrives_last(arrivals + gatherers, gatherers, flag))
-        finish_filter_gradients<Threads>(partial, gatherers, Count, scratch, store_all, gathered * Count);
+        finish_filter_gradients<Threads, Ahead>(partial, gatherers, Count, scratch, store_all, gathered * Count);
 }
 
 }  // namespace dwconv

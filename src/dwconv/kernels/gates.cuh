@@ -8,6 +8,13 @@
 
 namespace dwconv {
 
+// What this thread has written to shared memory stands there before a copy that starts after the next barrier.
+__device__ __forceinline__ void own_writes_before_copies() {
+#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 #ifndef DWCONV_EMULATOR
 // One mbarrier, by its address: 8 bytes of shared memory.
 struct Gate {
@@ -33,7 +40,8 @@ struct Gate {
 };
 #endif
 
-template <int Stages, int Threads>
+// Fillers: arrivals that fill a stage, of all threads, or of those that send to it (sm_90 and newer).
+template <int Stages, int Threads, int Fillers = Threads>
 class StageGates {
     unsigned full_;  // addresses of Stages gates, then as many of empty stages
     unsigned round_ = 0;
@@ -47,11 +55,13 @@ public:
         full_ = 0;
 #else
         full_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
-        if (threadIdx.x == 0)
+        if (threadIdx.x == 0) {
             for (int k = 0; k < Stages; ++k) {
-                Gate::initialize(full_ + 8 * k, Threads);
+                Gate::initialize(full_ + 8 * k, Fillers);
                 Gate::initialize(full_ + 8 * (Stages + k), Threads);
             }
+            if (Fillers < Threads) own_writes_before_copies();
+        }
 #endif
         __syncthreads();
     }
@@ -83,6 +93,8 @@ public:
         asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full_ + 8 * stage) : "memory");
 #endif
     }
+    // What copies that are sent to a stage arrive at.
+    __device__ __forceinline__ unsigned gate(unsigned stage) const { return full_ + 8 * stage; }
     // The stage behind this one; behind the last one, the first of the next round.
     __device__ __forceinline__ unsigned next(unsigned stage) {
         if (stage + 1 < Stages) return stage + 1;

@@ -66,6 +66,7 @@ struct TapsLines {
     static constexpr int kTapsD = TapsD, kTileTaps = C::kTapsA * C::kTapsB;  // of one tap of the depth
     static constexpr int kTaps = TapsD * kTileTaps, kSums = kTaps + (C::kHasBias ? 1 : 0);
     static constexpr int kCount = up(kSums * BlockChannels, 4);  // sums of a block, as whole vectors
+    static constexpr int kPartsAhead = 16;  // loads of parts that are in flight, where registers allow it
     static_assert(TapsD == 1 || C::kVolume, "only planes of volumes meet several planes of x");
     static_assert(TapsD <= 32, "which planes exist must fit in 32 bits");
 
@@ -335,8 +336,8 @@ __device__ __forceinline__ void finish_lines(const FilterGradients<typename W::E
     if (tiling.parts == 1) return;
     constexpr int kFound = W::kSums * W::kBlockChannels;  // the rest of the last vector is nobody's
     if (kFound + threadIdx.x < W::kCount) own[kFound + threadIdx.x] = 0;
-    finish_parts<W::kThreads, W::kCount>(partial, tiling.parts, tiling.gathered, place.part, of_grid, tensors.arrivals,
-                                         shared_memory<Sum>(), store);
+    finish_parts<W::kThreads, W::kPartsAhead, W::kCount>(partial, tiling.parts, tiling.gathered, place.part, of_grid,
+                                                         tensors.arrivals, shared_memory<Sum>(), store);
 }
 
 }  // namespace dwconv

@@ -128,6 +128,9 @@ struct LinesCopies {
         }
     }
 
+    // Whether this thread copies of the next step: all do.
+    __device__ __forceinline__ static constexpr bool has_turn() { return true; }
+
     template <int Bytes, bool Always>
     __device__ __forceinline__ void copy_one(unsigned offset, const Element* from, unsigned exists,
                                              unsigned wanted) const {

@@ -69,7 +69,7 @@ struct TapsBoxes {
                 for (int e = 0; e < W::kRows; ++e) rows += place.has_row(row + e * W::kApartA);
                 if constexpr (C::kVolume)
                     rows *= __popc(segment.planes & static_cast<unsigned>((1ull << C::kTapsD) - 1));
-                boxes.expect((step < segment.end ? kGBytes : 0) + rows * kXBytes);
+                expect_bytes(boxes.gate(), (step < segment.end ? kGBytes : 0) + rows * kXBytes);
                 if (step < segment.end)
                     send(to, maps.g, channel, g_column, segment.row_class + step * W::kClassesA, g_plane);
 #pragma unroll

@@ -23,6 +23,7 @@ struct TapsNhwc : TapsLines<C, C::kChunks * C::kLanes * C::kVector, C::kTapsD, C
     static constexpr int kTiles = 32 / C::kLanes;             // of a warp
     static constexpr int kChannels = C::kLanes * C::kVector;  // of a warp
     static constexpr int kValues = Base::kSums * C::kVector;  // of a thread
+    static constexpr int kPartsAhead = 8;                     // more would need more registers than the march
     // What taps_lines.cuh asks for.
     static constexpr int kLines = C::kWarps / C::kChunks * kTiles, kOwnLines = kTiles;
     static constexpr int kLineOutputs = C::kColumns, kLinePositions = kWindow, kLead = 0;

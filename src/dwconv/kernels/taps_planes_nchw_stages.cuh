@@ -232,7 +232,7 @@ struct PlaneStretches {
         if (images > 0) {
             if (is_elected()) {
                 unsigned char* const to = shared_memory<unsigned char>() + stage;
-                stages.expect(static_cast<unsigned>(smaller(images, C::kImages)) * (x.bytes + g.bytes));
+                expect_bytes(stages.gate(), static_cast<unsigned>(smaller(images, C::kImages)) * (x.bytes + g.bytes));
                 x.template send<C::kEvictFirst>(stages.gate(), to, images, sizes.x_image);
                 g.template send<C::kEvictFirst>(stages.gate(), to, images, place.g_image);
             }

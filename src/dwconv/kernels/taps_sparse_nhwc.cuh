@@ -12,30 +12,45 @@
 //   shared memory: stages [kStages] (W::kStageBytes), then gates; at the end, sums in the stages' place
 //   least DRAM traffic: x + g, once each; halos between tiles come from L1 or L2, and all for more tiles of taps
 #pragma once
-#include "gates.cuh"
+#include "taps_sparse_nhwc_boxes.cuh"
 #include "taps_sparse_nhwc_sums.cuh"
 
 namespace dwconv {
 
-template <class C>
+// maps: of kBoxes, else nothing.
+template <class C, class... Maps>
 __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename C::Element>& tensors,
-                                                 const Sizes& sizes, const LinesTiling& tiling) {
+                                                 const Sizes& sizes, const LinesTiling& tiling, const Maps&... maps) {
     using W = TapsSparse<C>;
     const LinesPlace<W> place(sizes, tiling);
 
     unsigned char* const stages = shared_memory<unsigned char>();
-    StageGates<C::kStages, W::kThreads> gates(stages + W::kGatesAt);
-    LinesCopies<W> copies(tensors, sizes, place, tiling, stages);
+    SparseGates<C> gates(stages + W::kGatesAt);
+    auto copies = [&] {
+        if constexpr (C::kBoxes)
+            return SparseBoxes<C>(maps..., sizes, place, tiling);
+        else
+            return LinesCopies<W>(tensors, sizes, place, tiling, stages);
+    }();
+    const auto fill = [&](unsigned stage) {
+        if constexpr (C::kBoxes) {
+            copies.send(stages + stage * W::kStageBytes, gates.gate(stage), sizes);
+        } else {
+            copies.copy(stage * W::kStageBytes, tensors, sizes);
+            gates.is_filled(stage);
+        }
+    };
 #pragma unroll 1
     for (unsigned k = 0; k < C::kStages; ++k) {
-        // What no copy fills, beyond the image and behind the last line, must be zero.
+        if constexpr (!C::kBoxes) {
+            // What no copy fills, beyond the image and behind the last line, must be zero.
 #pragma unroll 1
-        for (unsigned at = threadIdx.x * 16; at < W::kStageBytes; at += 16 * W::kThreads)
-            *reinterpret_cast<uint4*>(stages + k * W::kStageBytes + at) = uint4{0, 0, 0, 0};
-        __syncthreads();
+            for (unsigned at = threadIdx.x * 16; at < W::kStageBytes; at += 16 * W::kThreads)
+                *reinterpret_cast<uint4*>(stages + k * W::kStageBytes + at) = uint4{0, 0, 0, 0};
+            __syncthreads();
+        }
         if (k == C::kStages - 1) break;  // which is filled when the first one is read
-        copies.copy(k * W::kStageBytes, tensors, sizes);
-        gates.is_filled(k);
+        fill(k);
     }
 
     TapsSparseSums<C> taps;
@@ -50,9 +65,8 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
             taps.read(stage * W::kStageBytes);
             if constexpr (W::kReadAtOnce) gates.is_read(stage);
             const unsigned filled = before < C::kStages ? before : C::kStages - 1;
-            if (before < C::kStages) gates.wait_until_empty(before, before > stage);
-            copies.copy(filled * W::kStageBytes, tensors, sizes);
-            gates.is_filled(filled);
+            if (before < C::kStages && copies.has_turn()) gates.wait_until_empty(before, before > stage);
+            fill(filled);
             step_in_phase<W::kLive>(phase, taps, stage * W::kStageBytes, step, segment, place);
             if constexpr (!W::kReadAtOnce) gates.is_read(stage);
             phase = phase + 1 == W::kLive ? 0 : phase + 1;
@@ -88,6 +102,8 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
 #define DWCONV_G_BYTES 16
 #define DWCONV_X_BYTES 16
 #define DWCONV_CACHED 1
+#define DWCONV_BOXES 0
+#define DWCONV_EVICT_FIRST 0
 #define DWCONV_WIDTH 0
 #define DWCONV_OUT_WIDTH 0
 #define DWCONV_SLAB 3
@@ -103,6 +119,8 @@ struct Config : ProblemConfig {
     static constexpr int kWarps = DWCONV_WARPS, kMinBlocks = DWCONV_MIN_BLOCKS, kStages = DWCONV_STAGES;
     static constexpr int kGBytes = DWCONV_G_BYTES, kXBytes = DWCONV_X_BYTES;   // of a copy
     static constexpr bool kCached = DWCONV_CACHED;                             // copies go through L1
+    static constexpr bool kBoxes = DWCONV_BOXES;                               // lines come by one copy each, of maps
+    static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;                    // such lines leave L2 before all else
     static constexpr int kWidth = DWCONV_WIDTH, kOutWidth = DWCONV_OUT_WIDTH;  // of images one line wide
     static constexpr int kSlab = DWCONV_SLAB;       // rows of taps of a warp that are in shared memory at the end
     static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth
@@ -111,8 +129,16 @@ struct Config : ProblemConfig {
 
 using Tiling = dwconv::LinesTiling;
 
+#if DWCONV_BOXES
+#define DWCONV_MAPS , const __grid_constant__ dwconv::GradientMaps maps
+#define DWCONV_GIVEN_MAPS , maps
+#else
+#define DWCONV_MAPS
+#define DWCONV_GIVEN_MAPS
+#endif
+
 extern "C" __global__ void __launch_bounds__(32 * Config::kWarps, Config::kMinBlocks)
     dwconv_kernel(const dwconv::FilterGradients<Config::Element> tensors, const dwconv::Sizes sizes,
-                  const Tiling tiling) {
-    dwconv::taps_sparse_nhwc<Config>(tensors, sizes, tiling);
+                  const Tiling tiling DWCONV_MAPS) {
+    dwconv::taps_sparse_nhwc<Config>(tensors, sizes, tiling DWCONV_GIVEN_MAPS);
 }

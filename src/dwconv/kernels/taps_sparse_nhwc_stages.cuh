@@ -5,8 +5,11 @@
 //   Chunk number w of the window of a pair of a line is in plane w % kPlanes, at the pair's number + w / kPlanes *
 //   kLines; pairs are numbered line after line, then along the lines. Lines as pairs: plane 2 * w + (which line).
 //   Positions, chunks and planes of g are so far apart that eight lanes that read 16 bytes each use all banks once.
+//   Boxes (kBoxes) lie line after line, as they are in memory, positions close together; pieces of 16 bytes are
+//   swizzled and lines shifted, so that positions and lines use different banks.
 #pragma once
 #include "taps_lines_copies.cuh"
+#include "tensor_copies.cuh"
 
 namespace dwconv {
 
@@ -60,11 +63,64 @@ struct TapsSparse : TapsLines<C, C::kOwn * C::kWarps> {
     using XPieces = LinePieces<C::kXBytes, true, kLines, kXPositions, kXChannels, Base::kThreads>;
     using GPieces = LinePieces<C::kGBytes, true, kLines, kGPositions, Base::kBlockChannels, Base::kThreads>;
 
-    static constexpr int kXPitch = up(2 * kXChannels, 32, 16), kXChunkBytes = up(8 * kXPitch, 128, 32);
-    static constexpr int kGPitch = up(2 * Base::kBlockChannels, 32, 16), kGChunkBytes = up(8 * kGPitch, 128, 32);
+    static constexpr int kXPixel = 2 * kXChannels, kGPixel = 2 * Base::kBlockChannels;  // bytes
+    static constexpr int kXPitch = C::kBoxes ? kXPixel : up(kXPixel, 32, 16);
+    static constexpr int kGPitch = C::kBoxes ? kGPixel : up(kGPixel, 32, 16);
+    static constexpr int kXChunkBytes = C::kBoxes ? 8 * kXPitch : up(8 * kXPitch, 128, 32);
+    static constexpr int kGChunkBytes = C::kBoxes ? 8 * kGPitch : up(8 * kGPitch, 128, 32);
     static constexpr int kGPlaneBytes = up(8 * kSets * kGChunkBytes, 128, 64);
-    static constexpr int kXRowBytes = kXChunks * kXChunkBytes, kGAt = Base::kRows * kXRowBytes;
-    static constexpr int kStageBytes = kGAt + 2 * kGPlaneBytes;
+
+    // Boxes: chunks of a line that lanes read, of pairs that don't exist, too; and from one line to the next one.
+    static constexpr int kLinesPairs = kLinePairs ? 1 : ceil_div(8 * kSets, kLines);  // pairs of a line
+    static constexpr int kXBoxChunks = kLinePairs ? kChunks : (kLinesPairs - 1) * 2 * Base::kStrideB + kWords;
+    static constexpr int kGBoxChunks = kLinePairs ? 1 : 2 * kLinesPairs;
+    static constexpr int kXLineBytes = kXBoxChunks * kXChunkBytes, kGLineBytes = kGBoxChunks * kGChunkBytes;
+    // Where line `line` begins. Lines are shifted, of x by two rows of swizzled pieces (neighbours that are a pair
+    // together), of g by four (by two): those that lanes read with other words are whole swizzles away.
+    static constexpr int kXShift = kXPixel >= 64 ? 2 * kXPixel : 0;
+    static constexpr int kGShift = kGPixel >= 64 ? (kLinePairs ? 2 : 4) * kGPixel : 0;
+    __host__ __device__ static constexpr int x_line_at(int line) {
+        return line * kXLineBytes + (kLinePairs ? line / 2 : line) * kXShift;
+    }
+    __host__ __device__ static constexpr int g_line_at(int line) { return line * (kGLineBytes + kGShift); }
+    // Where pair `pair` of x and of g begins; `half` of it.
+    __host__ __device__ static constexpr int x_box_at(int pair) {
+        if (kLinePairs) return x_line_at(2 * pair);
+        return x_line_at(pair % kLines) + pair / kLines * 2 * Base::kStrideB * kXChunkBytes;
+    }
+    __host__ __device__ static constexpr int g_box_at(int pair, int half) {
+        if (kLinePairs) return g_line_at(2 * pair + half);
+        return g_line_at(pair % kLines) + (pair / kLines * 2 + half) * kGChunkBytes;
+    }
+
+    static constexpr int kXRowBytes = C::kBoxes ? up(x_line_at(kLines), 1024) : kXChunks * kXChunkBytes;
+    static constexpr int kGAt = Base::kRows * kXRowBytes;
+    static constexpr int kStageBytes = kGAt + (C::kBoxes ? up(g_line_at(kLines), 1024) : 2 * kGPlaneBytes);
+    static_assert(!C::kBoxes || ((kLines & (kLines - 1)) == 0 && C::kWidth == 0 && Base::kApartB == 1),
+                  "lines of boxes must be a power of two, of neighbouring columns");
+
+    // A lane's place in a stage: of pair lane % 4 of x, and of pair lane % 4 / 2 of g, half lane % 2, at position
+    // lane / 4, from channel `channel` of the block on.
+    __device__ __forceinline__ static unsigned x_from(int lane, int channel) {
+        const int pair = lane % 4, at = lane / 4 * kXPitch;
+        if (!C::kBoxes) return 2 * channel + at + pair * kXChunkBytes;
+        return swizzled(x_box_at(pair) + at + 2 * channel, kXPixel / 16);
+    }
+    __device__ __forceinline__ static unsigned g_from(int lane, int channel) {
+        const int pair = lane % 4, at = lane / 4 * kGPitch;
+        if (!C::kBoxes) return 2 * channel + at + kGAt + pair % 2 * kGPlaneBytes + pair / 2 * kGChunkBytes;
+        return kGAt + swizzled(g_box_at(pair / 2, pair % 2) + at + 2 * channel, kGPixel / 16);
+    }
+    // From there to row e of x, and word `word` of a window of pairs `pair`, a multiple of four, and those behind it;
+    // to pairs `pair` of g, a multiple of two, and the one behind it.
+    __host__ __device__ static constexpr int x_words(int e, int word, int pair) {
+        if (!C::kBoxes) return e * kXRowBytes + (word_at(word) + pair) * kXChunkBytes;
+        const int in_pair = kLinePairs ? word % 2 * kXLineBytes + word / 2 * kXChunkBytes : word * kXChunkBytes;
+        return e * kXRowBytes + x_box_at(pair) + in_pair;
+    }
+    __host__ __device__ static constexpr int g_words(int pair) {
+        return C::kBoxes ? g_box_at(pair, 0) : pair * kGChunkBytes;
+    }
     // Behind the stages, and behind what takes their place at the end: sums of the block with kSlab rows of taps of
     // each warp, or of the last block's threads.
     static constexpr int kSumPitch = 9;

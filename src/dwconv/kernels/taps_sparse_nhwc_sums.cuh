@@ -39,10 +39,9 @@ struct TapsSparseSums {
     unsigned pattern = kPairsOfChannels;
 
     __device__ __forceinline__ TapsSparseSums() {
-        const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, pair = lane % 4, position = lane / 4;
-        x_from = warp * (4 * kXPairs) + position * W::kXPitch + pair * W::kXChunkBytes;
-        g_from = warp * (4 * kWarpPairs) + position * W::kGPitch + W::kGAt + pair % 2 * W::kGPlaneBytes +
-                 pair / 2 * W::kGChunkBytes;
+        const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+        x_from = W::x_from(lane, warp * (2 * kXPairs));
+        g_from = W::g_from(lane, warp * (2 * kWarpPairs));
         keep(x_from);
         keep(g_from);
         keep(pattern);
@@ -70,8 +69,7 @@ struct TapsSparseSums {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int w = 0; w < W::kWords; ++w)
-                read_pairs(from + e * W::kXRowBytes + (W::word_at(w) + 8 * set + 4 * i) * W::kXChunkBytes, x[i][w]);
+            for (int w = 0; w < W::kWords; ++w) read_pairs(from + W::x_words(e, w, 8 * set + 4 * i), x[i][w]);
     }
 
     __device__ __forceinline__ void read_row(unsigned stage) {
@@ -79,7 +77,7 @@ struct TapsSparseSums {
 #pragma unroll
         for (int set = 0; set < W::kSets; ++set)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) read_pairs(from + (8 * set + 2 * i) * W::kGChunkBytes, row[set][i]);
+            for (int i = 0; i < 4; ++i) read_pairs(from + W::g_words(8 * set + 2 * i), row[set][i]);
     }
 
     // Reads the first windows of x of a stage, and its row of g, so that copies can be started meanwhile.

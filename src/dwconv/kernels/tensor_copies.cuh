@@ -9,7 +9,7 @@ namespace dwconv {
 
 // A tensor of four dimensions, the innermost one first. On a GPU it is the driver's, and opaque; in the emulator: its
 // address, four sizes, bytes from one to the next of the outer three dimensions, four sizes of a box, bytes of an
-// element.
+// element, and of rows whose pieces of 16 are swizzled.
 struct
 #ifndef DWCONV_EMULATOR
     alignas(64)
@@ -23,13 +23,20 @@ struct GradientMaps {
     TensorMap x, g;
 };
 
+// Where byte `at` of shared memory stands if rows of so many pieces of 16 bytes are swizzled: none of 0.
+__host__ __device__ constexpr unsigned swizzled(unsigned at, unsigned pieces) {
+    return pieces == 0 ? at : at ^ (at / 128 % pieces * 16);
+}
+
 #ifdef DWCONV_EMULATOR
 inline void copy_box_in_emulator(const TensorMap& map, void* to, const int (&first)[4]) {
     const unsigned long long* const sizes = map.words + 1;
     const unsigned long long* const steps = map.words + 5;
     const unsigned long long* const box = map.words + 8;
     const unsigned long long element = map.words[12];
-    unsigned char* at = static_cast<unsigned char*>(to);
+    const unsigned long long pieces = map.words[13] / 16;
+    unsigned char* const shared = shared_memory<unsigned char>();
+    unsigned long long at = static_cast<unsigned char*>(to) - shared;
     for (unsigned long long d = 0; d < box[3]; ++d)
         for (unsigned long long c = 0; c < box[2]; ++c)
             for (unsigned long long b = 0; b < box[1]; ++b)
@@ -44,7 +51,8 @@ inline void copy_box_in_emulator(const TensorMap& map, void* to, const int (&fir
                         if (k > 0) offset += index[k] * steps[k - 1];
                     }
                     for (unsigned long long byte = 0; byte < element; ++byte)
-                        at[byte] = exists ? reinterpret_cast<const unsigned char*>(map.words[0])[offset + byte] : 0;
+                        shared[swizzled(at + byte, pieces)] =
+                            exists ? reinterpret_cast<const unsigned char*>(map.words[0])[offset + byte] : 0;
                 }
 }
 #endif

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .strips import divided
 
-AHEAD = 8  # parts whose loads are in flight: kAhead of finish_filter_gradients
+AHEAD = 8  # parts whose loads are in flight, at least: kPartsAhead of taps_lines.cuh
 
 
 def rounds(vectors: int, threads: int, parts: int) -> int:

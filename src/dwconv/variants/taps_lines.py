@@ -12,7 +12,9 @@ from ..device import DeviceSpec
 from ..plan import Plan, Rejection
 from ..problem import DepthwiseProblem
 from .base import Variant
+from .boxes import Maps
 from .march import axes, march, marching_plan, unmarchable
+from .streams import streams
 from .strips import depth_taps, divided, planar, up
 from .taps_lines_cost import Costs, seconds
 from .taps_lines_tiles import Cut, Layout, Tile, across_axis, spans
@@ -34,6 +36,10 @@ class LinesVariant(Variant):
     def layout(self, problem: DepthwiseProblem, tile: Tile) -> Layout | str:
         """How a tile's rows of a planar problem lie in shared memory, or why it can't take it."""
 
+    def maps(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Maps | None:
+        """Of a problem of its own dimensions: what a tile whose lines are boxes copies them from; None if it can't."""
+        return None
+
     @abstractmethod
     def tiles(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
         """Tiles in question, of a planar problem; which of them are worth timing, the predicted time says."""
@@ -42,7 +48,9 @@ class LinesVariant(Variant):
         planes, deep = planar(problem), depth_taps(problem)
         timed: dict[Tile, tuple[float, Tile]] = {}  # of tiles that differ in their stages only, the best one
         illegal: list[Tile] = []
-        for tile in dict.fromkeys(self.tiles(planes, device)):
+        tiles = dict.fromkeys(self.tiles(planes, device))
+        boxed = (replace(tile, boxes=True) for tile in tiles if tile.cached)
+        for tile in (*tiles, *(tile for tile in boxed if self.maps(problem, device, tile))):
             one = self.cut(planes, device, tile, deep)
             if isinstance(one, str):
                 illegal.append(tile)
@@ -115,6 +123,9 @@ class LinesVariant(Variant):
         one = self.cut(planes, device, tile, deep)
         if isinstance(one, str):
             return rejected(one)
+        maps = self.maps(problem, device, tile) if tile.boxes else ()
+        if maps is None:
+            return rejected(f"{device.arch} copies no such lines at once")
         constants = {
             "TURNED": int(tile.turned),
             "TAPS_A": tile.taps[0],
@@ -136,7 +147,10 @@ class LinesVariant(Variant):
         }
         if problem.layout == "channels_first":
             constants["LEAD"] = one.layout.lead
-        return marching_plan(
+        else:
+            constants["BOXES"] = int(tile.boxes)
+            constants["EVICT_FIRST"] = int(tile.boxes and streams(problem, device, one.march.tap_tiles))
+        plan = marching_plan(
             self.stem,
             problem,
             device,
@@ -148,3 +162,4 @@ class LinesVariant(Variant):
             count=one.count,
             predicted_seconds=seconds(planes, device, tile, one, self.costs),
         )
+        return replace(plan, maps=maps) if isinstance(plan, Plan) else plan

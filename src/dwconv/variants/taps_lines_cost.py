@@ -10,6 +10,7 @@ from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .march import axes
 from .parts import gathered
+from .streams import LINE
 from .strips import divided
 from .taps_lines_tiles import Cut, Tile
 
@@ -30,6 +31,9 @@ class Costs:
         narrow, past_narrow: more DRAM time for each halving of 128 neighbouring bytes, through L1 and past it.
         past: more DRAM time past L1.
         thrash: more DRAM time for each doubling of the lines in flight beyond L1.
+        box: instructions for a line's row that comes as a box.
+        apart, together: more DRAM time of boxes that share lines of L2 with others, for each doubling of the bytes in
+            flight of a multiprocessor beyond so many.
         start, parts, round: seconds beside the launch; to leave parts; of a round of loads of parts.
     """
 
@@ -49,6 +53,9 @@ class Costs:
     start: float
     parts: float
     round: float
+    box: float = 0.0
+    apart: float = 0.0
+    together: float = 1.0
 
 
 def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut, costs: Costs) -> float:
@@ -58,6 +65,8 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut,
     products, pieces = layout.products * tile.taps[0] * met, one.rows * layout.x_pieces + layout.g_pieces
     step = products * costs.product + one.rows * layout.loads[0] + layout.loads[1]
     step += costs.piece * pieces + costs.step
+    if tile.boxes:
+        step += costs.box * tile.lines * (one.rows + 1) / tile.warps
     wavefronts = one.rows * layout.wavefronts[0] + layout.wavefronts[1] + costs.copy_clocks * pieces
     segments = max(1.0, one.march.part_rows / one.march.line_rows)
     steps = one.march.part_rows + segments * (one.live - 1) * 0.5
@@ -72,7 +81,11 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut,
     dram = problem.least_bytes / (device.dram_gbs * 1e9)
     flying = min(one.resident, of_multiprocessor) * (tile.stages - 1) * layout.flying_bytes
     together = min(128.0, layout.together_bytes)
-    if tile.cached:
+    if tile.boxes:
+        dram *= 1.0 + costs.narrow * math.log2(128 / together)
+        if problem.out_channels * problem.element_bytes % LINE:
+            dram *= 1.0 + costs.apart * max(0.0, math.log2(max(1.0, flying) / costs.together))
+    elif tile.cached:
         lines = max(1.0, flying * 128 / together)
         dram *= 1.0 + costs.narrow * math.log2(128 / together)
         kept = device.l1_beside(one.resident * (one.shared_bytes + 1024))

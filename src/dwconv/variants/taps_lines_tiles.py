@@ -26,6 +26,7 @@ class Tile:
         stages: of shared memory; all but one are being filled.
         min_blocks: blocks that a multiprocessor shall hold, which limits a thread's registers.
         cached: copies go through L1.
+        boxes: lines come by one copy each, of the copy engine; else by all threads' copies.
     """
 
     turned: bool
@@ -37,6 +38,7 @@ class Tile:
     stages: int = 4
     min_blocks: int = 1
     cached: bool = True
+    boxes: bool = False
 
     @property
     def channels(self) -> int:
@@ -44,7 +46,8 @@ class Tile:
         return self.own * self.warps
 
     def __str__(self) -> str:
-        ways = f"{', along rows' if self.turned else ''}{'' if self.cached else ', past L1'}"
+        copied = ", boxes" if self.boxes else "" if self.cached else ", past L1"
+        ways = f"{', along rows' if self.turned else ''}{copied}"
         return (
             f"{self.taps[0]}×{self.taps[1]} taps, {self.lines} lines of {self.groups}·8 outputs, {self.warps} warps of "
             f"{self.own} channels, {self.stages} stages{ways}"

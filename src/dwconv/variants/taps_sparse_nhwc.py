@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
+from .boxes import Maps, gradient_maps
 from .march import axes
-from .strips import divided, up, widest
+from .strips import divided, planar, up, widest
 from .taps_lines import LinesVariant
 from .taps_lines_cost import Costs
 from .taps_lines_tiles import Layout, Tile, across_axis, line_shapes, narrow, tap_rows, with_residents
@@ -21,27 +22,50 @@ SET = 16  # groups of eight outputs that a product takes
 MOST_STAGES = 8
 
 
+def box_chunks(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
+    """Chunks of eight positions of a line that lanes read, of x and of g: also those of pairs that don't exist.
+
+    problem: planar.
+    """
+    stride = across_axis(problem, tile.turned).stride
+    chunks = divided(7 * stride + tile.taps[1], 8)
+    if tile.groups == 1:
+        return chunks, 1
+    sets = divided(divided(tile.groups, 2) * tile.lines, 8)
+    of_line = divided(8 * sets, tile.lines)
+    return (of_line - 1) * 2 * stride + stride + chunks, 2 * of_line
+
+
+def box_bytes(chunks: int, shifts: int, channels: int) -> int:
+    """Bytes of a row of all lines, of so many chunks, shifted by so many pixels in all."""
+    pixel = 2 * channels
+    return up(8 * chunks * pixel + (shifts * pixel if pixel >= 64 else 0), 1024)
+
+
 class TapsSparseNhwc(LinesVariant):
     stem = "taps_sparse_nhwc"
     layouts = ("channels_last",)
-    # Fitted to 668 tiles of 48 problems (H200, 2026-11).
+    # Fitted to 668 tiles of 48 problems, then to 347 of the best of 38, most of them with boxes (H200, 2026-11).
     costs = Costs(
-        product=4.48,
-        piece=4.71,
-        step=43.0,
-        segment=5.0,
-        idle_warps=13.9,
-        tensor_clocks=3.9,
-        copy_clocks=15.7,
-        l2_bytes=50.0,
-        wait=1.45,
-        narrow=0.085,
-        past_narrow=0.32,
+        product=6.0,
+        piece=17.4,
+        step=45.0,
+        segment=37.0,
+        idle_warps=12.7,
+        tensor_clocks=1.96,
+        copy_clocks=16.2,
+        l2_bytes=200.0,
+        wait=1.32,
+        narrow=0.056,
+        past_narrow=0.386,
         past=0.16,
-        thrash=0.73,
-        start=6e-06,
-        parts=3.3e-06,
-        round=7e-07,
+        thrash=1.04,
+        start=6.5e-06,
+        parts=1.4e-06,
+        round=4.0e-07,
+        box=40.5,
+        apart=0.143,
+        together=20.9e3,
     )
     technique = (
         "rows of x are matrices of overlapping windows of two channels, sparse by their shape, and rows of y's "
@@ -81,6 +105,8 @@ class TapsSparseNhwc(LinesVariant):
         def chunk_bytes(channels: int) -> int:
             return up(8 * up(2 * channels, 32, 16), 128, 32)
 
+        boxes = box_chunks(problem, tile)
+
         def pieces(positions: int, channels: int, elements: int) -> int:
             return divided(tile.lines * positions * channels // elements, 32 * tile.warps)
 
@@ -88,10 +114,19 @@ class TapsSparseNhwc(LinesVariant):
         own_pairs, x_pairs = tile.own // 2, tile.own // 2 // m
         stage_bytes = rows * x_chunks * chunk_bytes(x_channels)
         stage_bytes += 2 * up(8 * sets * chunk_bytes(tile.channels), 128, 64)
+        if tile.boxes:
+            x_shift, g_shift = (
+                2 * (tile.lines // 2 if tile.groups == 1 else tile.lines),
+                (2 if tile.groups == 1 else 4) * tile.lines,
+            )
+            stage_bytes = rows * box_bytes(tile.lines * boxes[0], x_shift, x_channels)
+            stage_bytes += box_bytes(tile.lines * boxes[1], g_shift, tile.channels)
         registers = own_pairs * (4 * tile.taps[0] * chunks + 4 * live * sets + 4 * problem.bias)
         groups_of_channels = divided(problem.out_channels, tile.channels)
         x_pieces = pieces(x_positions, x_channels, x_elements)
         g_pieces = pieces(g_positions, tile.channels, g_elements)
+        if tile.boxes:
+            is_narrow, x_pieces, g_pieces = False, 0, 0
         return Layout(
             lead=0,
             width=across.size if is_narrow else 0,
@@ -113,6 +148,17 @@ class TapsSparseNhwc(LinesVariant):
             + 4
             + PIECE_REGISTERS * (x_pieces + g_pieces),
         )
+
+    def maps(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Maps | None:
+        planes = planar(problem)
+        chunks = box_chunks(planes, tile)
+        one_line = across_axis(planes, tile.turned).out <= 8 * tile.groups
+        pairs = divided(tile.groups, 2) * tile.lines
+        whole = tile.lines % SET == 0 if tile.groups == 1 else pairs >= 8 or one_line
+        if tile.lines & (tile.lines - 1) or not whole or not (one_line or tile.groups == chunks[1]):
+            return None  # boxes would have other lines' outputs in them, or lanes would read what isn't there
+        x_box = (tile.channels // problem.multiplier, 8 * chunks[0])
+        return gradient_maps(problem, device, tile.turned, x_box, (tile.channels, 8 * chunks[1]), swizzled=True)
 
     @staticmethod
     def _more(problem: DepthwiseProblem, tile: Tile) -> int:

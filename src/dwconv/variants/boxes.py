@@ -1,0 +1,74 @@
+"""x and y's gradient, channels last, as the copy engine sees them (sm_90 and newer)."""
+
+from __future__ import annotations
+
+import math
+
+from ..device import DeviceSpec
+from ..plan import TensorMap
+from ..problem import DepthwiseProblem, dense_strides
+from .march import axes
+from .streams import BULK_COPIES
+from .strips import planar
+
+MOST = 256  # elements of a box, along a dimension
+
+Maps = tuple[TensorMap, TensorMap]
+
+
+def gradient_maps(
+    problem: DepthwiseProblem,
+    device: DeviceSpec,
+    turned: bool,
+    x_box: tuple[int, int],
+    g_box: tuple[int, int],
+    swizzled: bool = False,
+) -> Maps | None:
+    """x and y's gradient with boxes of so many channels and positions across the march, (channels, positions) of each.
+
+    None where the copy engine can't copy them: classes of columns, tensors that aren't aligned to 16 bytes, boxes that
+    are no multiples of 128.
+
+    problem: of its own dimensions.
+    swizzled: see `TensorMap`; rows of boxes must have 32, 64 or 128 bytes.
+    """
+    planes, size = planar(problem), problem.element_bytes
+    _, across = axes(planes, turned)
+    if device.sm < BULK_COPIES or across.apart > 1 or problem.aligned < 16:
+        return None
+    if problem.dims == 3 and problem.plane_strides != dense_strides(problem.x_shape, problem.layout):
+        return None  # planes can't be counted through all images
+    (height, width), (out_height, out_width) = planes.size, planes.out_size
+    image, _, row, column = planes.plane_strides
+    if planes.batch == 1:
+        image = max(image, row * height)
+    depth = problem.size[0] if problem.dims == 3 else 1
+    g_row = out_width * problem.out_channels
+
+    def tensor_map(operand: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int]) -> TensorMap:
+        channels, positions = box
+        a, b, c, d = sizes
+        first, second, third = (stride * size for stride in strides)
+        shape = (channels, 1, positions, 1) if turned else (channels, positions, 1, 1)
+        return TensorMap(operand, (a, b, c, d), (first, second, third), shape, size, channels * size * swizzled)
+
+    found = (
+        tensor_map(0, (problem.channels, width, height, problem.batch * depth), (column, row, image), x_box),
+        tensor_map(
+            1,
+            (problem.out_channels, out_width, out_height, planes.batch),
+            (problem.out_channels, g_row, out_height * g_row),
+            g_box,
+        ),
+    )
+    fits = (
+        all(stride % 16 == 0 and 0 < stride < 2**40 for stride in each.strides)
+        and math.prod(each.box) * size % 128 == 0
+        and each.box[0] * size % 16 == 0
+        and each.swizzle in (0, 32, 64, 128)
+        and max(each.box) <= MOST
+        and max(each.sizes) < 2**31
+        for each in found
+    )
+    within = column >= problem.channels and row >= width * column and image >= height * row
+    return found if all(fits) and within else None

@@ -1,0 +1,82 @@
+"""Tensors as the copy engine sees them: which tensors it takes, and what the emulator is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dwconv.device import H200, PRESETS
+from dwconv.errors import DepthwiseError
+from dwconv.problem import DepthwiseProblem
+from dwconv.tensor_maps import BYTES, emulated, encoded
+from dwconv.variants.boxes import gradient_maps
+from dwconv.variants.streams import streams
+
+GIVEN = DepthwiseProblem(
+    2, 48, (9, 20), (3, 3), padding=((1, 1), (1, 1)), stride=(1, 2), layout="channels_last", direction="grad_weight"
+)
+
+
+def test_the_maps_of_a_problem():
+    x, g = gradient_maps(GIVEN, H200, False, (32, 9), (32, 4))
+    assert (x.operand, x.sizes, x.strides, x.box) == (0, (48, 20, 9, 2), (192, 3840, 34560), (32, 9, 1, 1))
+    assert (g.operand, g.sizes, g.strides, g.box) == (1, (48, 10, 9, 2), (192, 1920, 17280), (32, 4, 1, 1))
+    assert gradient_maps(GIVEN, H200, True, (32, 9), (32, 4))[0].box == (32, 1, 9, 1)
+    assert gradient_maps(GIVEN, H200, False, (32, 9), (32, 4), swizzled=True)[0].swizzle == 128
+
+
+def test_the_maps_of_a_view_and_of_a_volume():
+    view = replace(GIVEN, x_strides=(20000, 1, 1000, 48))
+    x, g = gradient_maps(view, H200, False, (32, 9), (32, 4))
+    assert x.strides == (192, 4000, 80000)
+    assert g == gradient_maps(GIVEN, H200, False, (32, 9), (32, 4))[1]
+    volume = DepthwiseProblem(2, 48, (3, 9, 20), (3, 3, 3), layout="channels_last", direction="grad_weight")
+    x, g = gradient_maps(volume, H200, False, (32, 9), (32, 4))
+    assert (x.sizes, g.sizes) == ((48, 20, 9, 6), (48, 18, 7, 2))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        replace(GIVEN, channels=42),
+        replace(GIVEN, aligned=8),
+        replace(GIVEN, dilation=(1, 2)),
+        replace(GIVEN, x_strides=(20 * 900, 1, 902, 48)),
+        replace(GIVEN, x_strides=(0, 1, 960, 48)),
+        replace(GIVEN, x_strides=(9 * 960, 1, 480, 48)),
+    ],
+    ids=["channels", "alignment", "classes of columns", "rows", "one image for all", "overlapping rows"],
+)
+def test_what_the_engine_does_not_take(given):
+    assert gradient_maps(given, H200, False, (32, 9), (32, 4)) is None
+
+
+def test_boxes_that_the_engine_does_not_make():
+    assert gradient_maps(GIVEN, PRESETS["sm_89"], False, (32, 9), (32, 4)) is None
+    assert gradient_maps(GIVEN, H200, False, (32, 257), (32, 4)) is None
+    assert gradient_maps(GIVEN, H200, False, (8, 9), (8, 4)) is None  # no multiple of 128 bytes
+    assert gradient_maps(GIVEN, H200, False, (24, 16), (24, 16), swizzled=True) is None
+
+
+def test_the_emulator_is_told_the_fields():
+    maps = gradient_maps(GIVEN, H200, False, (32, 9), (32, 4), swizzled=True)
+    words = list(emulated(maps, [4096, 8192]))
+    assert len(words) * 8 == BYTES * len(maps)
+    assert words[:14] == [4096, 48, 20, 9, 2, 192, 3840, 34560, 32, 9, 1, 1, 4, 128]
+    assert words[16:20] == [8192, 48, 10, 9]
+
+
+def test_a_refusal_of_the_driver_names_the_map(monkeypatch):
+    monkeypatch.setattr("dwconv.tensor_maps._encode_tiled", lambda: lambda *_: 1)
+    with pytest.raises(DepthwiseError, match="refuses a map of a tensor"):
+        encoded(gradient_maps(GIVEN, H200, False, (32, 9), (32, 4)), [4096, 8192])
+
+
+def test_what_leaves_the_cache_first():
+    small = replace(GIVEN, batch=128, channels=384, size=(14, 14))
+    assert streams(small, H200)
+    assert not streams(small, H200, times=3)
+    assert not streams(replace(small, channels=40), H200)  # chunks of channels share lines
+    assert streams(replace(small, channels=40, layout="channels_first"), H200)
+    assert not streams(replace(small, size=(56, 56)), H200)
