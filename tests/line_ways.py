@@ -4,6 +4,7 @@ kernels, and numbers that plans and kernels must agree on.
 
 from __future__ import annotations
 
+from box_tiles import SPARSE as SPARSE_BOXES
 from dwconv.plan import Plan
 from dwconv.variants.taps_lines import LinesVariant
 from dwconv.variants.taps_lines_tiles import Cut, Tile
@@ -53,46 +54,7 @@ WAYS = {
         ),
     },
     SPARSE: {
-        "boxes, two senders, channels that don't exist": (
-            problem(LAST, 9, 48, (14, 14), 7, padding=3, bias=True),
-            Tile(False, (7, 7), 2, 8, 4, stages=4, boxes=True),
-        ),
-        "boxes, rows of taps": (
-            problem(LAST, 5, 32, (9, 14), 7, padding=3, dtype="bfloat16"),
-            Tile(False, (4, 7), 2, 8, 2, stages=3, boxes=True),
-        ),
-        "boxes of two sets": (
-            problem(LAST, 5, 40, (6, 28), 5, padding=2),
-            Tile(False, (5, 5), 4, 8, 2, stages=3, boxes=True),
-        ),
-        "boxes with a stride": (
-            problem(LAST, 5, 32, (17, 28), 5, stride=2, padding=2),
-            Tile(False, (5, 5), 2, 8, 4, stages=3, boxes=True),
-        ),
-        "boxes of 128 bytes, and of half of that": (
-            problem(LAST, 3, 32, (7, 56), 3, padding=1, multiplier=2),
-            Tile(False, (3, 3), 7, 2, 8, stages=4, boxes=True),
-        ),
-        "boxes, lines of a part of the image": (
-            problem(LAST, 2, 32, (5, 150), 5, padding=2, dtype="bfloat16"),
-            Tile(False, (5, 5), 8, 2, 4, stages=4, boxes=True),
-        ),
-        "boxes of one line": (
-            problem(LAST, 2, 32, (7, 100), 5, padding=2),
-            Tile(False, (5, 5), 13, 1, 4, stages=4, boxes=True),
-        ),
-        "boxes, pairs of lines": (
-            problem(LAST, 40, 32, (7, 7), 7, padding=3, bias=True),
-            Tile(False, (7, 7), 1, 32, 4, stages=3, boxes=True),
-        ),
-        "boxes of planes": (
-            problem(LAST, 2, 32, (4, 5, 14), 3, padding=1, bias=True),
-            Tile(False, (3, 3), 2, 8, 4, stages=4, boxes=True),
-        ),
-        "boxes along rows": (
-            problem(LAST, 2, 32, (30, 16), (3, 9), padding=(1, 4), bias=True),
-            Tile(True, (3, 3), 4, 4, 4, stages=4, boxes=True),
-        ),
+        **SPARSE_BOXES,
         "along rows": (
             problem(LAST, 1, 16, (15, 20), (2, 7), stride=(1, 2), padding=(1, 3), dtype="bfloat16", bias=True),
             Tile(True, (7, 2), 2, 2, 2, warps=4, stages=3),

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 import line_problems
+from box_tiles import NHWC, box
 from checks import check_filter_gradient, check_filter_gradient_in_any_order
 from dwconv.compile import compile_plan
 from dwconv.device import H200, PRESETS
@@ -107,23 +108,8 @@ DEPTHS = [
         Tile(False, (3, 3), 6, 8, 1, depth_taps=3),
     ),
 ]
-# Rows as boxes: incomplete chunks and lines, narrow images, strides, multipliers, classes of rows, tiles of taps, depths.
-box = partial(Tile, lanes=32, vector=1, warps=2, boxes=True)
-BOXES = [
-    (problem(2, 40, (7, 9), 3, padding=1, bias=True), box(False, (3, 3), 5)),
-    (problem(3, 80, (6, 14), 5, padding=2, dtype="float16"), box(False, (5, 5), 14, vector=2, stages=2)),
-    (problem(2, 32, (9, 7), 7, padding=3, dtype="float64"), box(False, (7, 7), 7, warps=3, stages=3)),
-    (problem(1, 64, (17, 23), 3, stride=2, padding=1, dtype="bfloat16"), box(False, (3, 3), 6, vector=2)),
-    (problem(2, 16, (9, 20), 3, padding=1, multiplier=2), box(False, (3, 3), 8)),
-    (problem(1, 32, (25, 27), 3, stride=(2, 1), padding=4, dilation=(3, 1)), box(False, (3, 3), 4, stages=4)),
-    (problem(1, 32, (12, 28), (9, 13), padding=(4, 6), bias=True), box(False, (5, 13), 8)),
-    (problem(1, 36, (20, 9), (3, 8), padding=(0, 3)), box(True, (8, 3), 6)),
-    (problem(2, 32, (7, 8), 3, padding=1, x_strides=(9 * 9 * 48, 1, 9 * 48, 48)), box(False, (3, 3), 4)),
-    (problem(2, 40, (5, 7, 9), 3, padding=1, bias=True), box(False, (3, 3), 4, depth_taps=3)),
-    (problem(2, 32, (6, 9, 8), (4, 5, 5), stride=(2, 1, 1), padding=(1, 2, 2)), box(False, (5, 5), 4, depth_taps=2)),
-]
 TILES = [plan for given in EDGES for plan in plans_of(given)]
-TILES += [plan for given, tile in DEPTHS + BOXES if isinstance(plan := VARIANT.plan(given, H200, tile), Plan)]
+TILES += [plan for given, tile in DEPTHS + NHWC if isinstance(plan := VARIANT.plan(given, H200, tile), Plan)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -162,7 +148,7 @@ def test_tiles_of_several_depth_taps_are_legal():
 
 
 def test_tiles_of_boxes_are_legal():
-    plans = [VARIANT.plan(given, H200, tile) for given, tile in BOXES]
+    plans = [VARIANT.plan(given, H200, tile) for given, tile in NHWC]
     assert all(isinstance(plan, Plan) and plan.maps for plan in plans), plans
     assert {dict(plan.constants)["EVICT_FIRST"] for plan in plans if isinstance(plan, Plan)} == {0, 1}
 

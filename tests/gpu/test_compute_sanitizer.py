@@ -20,7 +20,7 @@ def running():
     processes = {}
     for tool in TOOLS:
         command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=86", "--print-limit=5"]
-        command += ["--num-cuda-barriers=32"]  # of a block: two gates for each of up to eight stages, in a loop
+        command += ["--num-cuda-barriers=128"]  # of a block: a gate for each of four stages of sixteen warps
         # cuda.bindings asks the driver for functions of other CUDA versions; that they are missing is no error
         command += ["--report-api-errors=no"] if tool == "memcheck" else []
         processes[tool] = subprocess.Popen(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import dwconv
+from box_tiles import box_plans
 from convolutions import FUNCTIONS, LAYOUTS, random_call
 from dwconv import launch as launch_module
 from dwconv import reference
@@ -27,7 +28,9 @@ DEVICE = device_spec(0) if torch.cuda.is_available() else H200
 
 input_gradients = pytest.mark.parametrize("plan", chosen_plans(DEVICE, 40, "grad_input"), ids=plan_id)
 filter_gradients = pytest.mark.parametrize(
-    "plan", [plan for plan in chosen_plans(DEVICE, 40, "grad_weight") if plan.problem.batch], ids=plan_id
+    "plan",
+    [plan for plan in chosen_plans(DEVICE, 40, "grad_weight") if plan.problem.batch] + box_plans(DEVICE),
+    ids=plan_id,
 )
 
 

@@ -1,0 +1,87 @@
+"""Tiles whose rows the copy engine copies as boxes, on problems that show its edges: for the emulator and for a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from dwconv.device import DeviceSpec
+from dwconv.plan import Plan
+from dwconv.variants.streams import BULK_COPIES
+from dwconv.variants.taps_lines_tiles import Tile as LineTile
+from dwconv.variants.taps_nhwc import TapsNhwc
+from dwconv.variants.taps_nhwc_tiles import Tile as RowTile
+from dwconv.variants.taps_sparse_nhwc import TapsSparseNhwc
+from line_problems import problem
+
+last = partial(problem, "channels_last")
+wide = partial(last, dtype="float32")
+
+# Of taps_nhwc: incomplete chunks and lines, narrow images, strides, multipliers, classes of rows, tiles of taps, of depth.
+box = partial(RowTile, lanes=32, vector=1, warps=2, boxes=True)
+NHWC = [
+    (wide(2, 40, (7, 9), 3, padding=1, bias=True), box(False, (3, 3), 5)),
+    (wide(3, 80, (6, 14), 5, padding=2, dtype="float16"), box(False, (5, 5), 14, vector=2, stages=2)),
+    (wide(2, 32, (9, 7), 7, padding=3, dtype="float64"), box(False, (7, 7), 7, warps=3, stages=3)),
+    (wide(1, 64, (17, 23), 3, stride=2, padding=1, dtype="bfloat16"), box(False, (3, 3), 6, vector=2)),
+    (wide(2, 16, (9, 20), 3, padding=1, multiplier=2), box(False, (3, 3), 8)),
+    (wide(1, 32, (25, 27), 3, stride=(2, 1), padding=4, dilation=(3, 1)), box(False, (3, 3), 4, stages=4)),
+    (wide(1, 32, (12, 28), (9, 13), padding=(4, 6), bias=True), box(False, (5, 13), 8)),
+    (wide(1, 36, (20, 9), (3, 8), padding=(0, 3)), box(True, (8, 3), 6)),
+    (wide(2, 32, (7, 8), 3, padding=1, x_strides=(9 * 9 * 48, 1, 9 * 48, 48)), box(False, (3, 3), 4)),
+    (wide(2, 40, (5, 7, 9), 3, padding=1, bias=True), box(False, (3, 3), 4, depth_taps=3)),
+    (wide(2, 32, (6, 9, 8), (4, 5, 5), stride=(2, 1, 1), padding=(1, 2, 2)), box(False, (5, 5), 4, depth_taps=2)),
+]
+
+# Of taps_sparse_nhwc.
+SPARSE = {
+    "boxes, two senders, channels that don't exist": (
+        last(9, 48, (14, 14), 7, padding=3, bias=True),
+        LineTile(False, (7, 7), 2, 8, 4, stages=4, boxes=True),
+    ),
+    "boxes, rows of taps": (
+        last(5, 32, (9, 14), 7, padding=3, dtype="bfloat16"),
+        LineTile(False, (4, 7), 2, 8, 2, stages=3, boxes=True),
+    ),
+    "boxes of two sets": (
+        last(5, 40, (6, 28), 5, padding=2),
+        LineTile(False, (5, 5), 4, 8, 2, stages=3, boxes=True),
+    ),
+    "boxes with a stride": (
+        last(5, 32, (17, 28), 5, stride=2, padding=2),
+        LineTile(False, (5, 5), 2, 8, 4, stages=3, boxes=True),
+    ),
+    "boxes of 128 bytes, and of half of that": (
+        last(3, 32, (7, 56), 3, padding=1, multiplier=2),
+        LineTile(False, (3, 3), 7, 2, 8, stages=4, boxes=True),
+    ),
+    "boxes, lines of a part of the image": (
+        last(2, 32, (5, 150), 5, padding=2, dtype="bfloat16"),
+        LineTile(False, (5, 5), 8, 2, 4, stages=4, boxes=True),
+    ),
+    "boxes of one line": (
+        last(2, 32, (7, 100), 5, padding=2),
+        LineTile(False, (5, 5), 13, 1, 4, stages=4, boxes=True),
+    ),
+    "boxes, pairs of lines": (
+        last(40, 32, (7, 7), 7, padding=3, bias=True),
+        LineTile(False, (7, 7), 1, 32, 4, stages=3, boxes=True),
+    ),
+    "boxes of planes": (
+        last(2, 32, (4, 5, 14), 3, padding=1, bias=True),
+        LineTile(False, (3, 3), 2, 8, 4, stages=4, boxes=True),
+    ),
+    "boxes along rows": (
+        last(2, 32, (30, 16), (3, 9), padding=(1, 4), bias=True),
+        LineTile(True, (3, 3), 4, 4, 4, stages=4, boxes=True),
+    ),
+}
+
+
+def box_plans(device: DeviceSpec) -> list[Plan]:
+    """The plans of all of them; none where the device has no copy engine."""
+    if device.sm < BULK_COPIES:
+        return []
+    found = [TapsNhwc().plan(given, device, tile) for given, tile in NHWC]
+    found += [TapsSparseNhwc().plan(given, device, tile) for given, tile in SPARSE.values()]
+    assert all(isinstance(plan, Plan) and plan.maps for plan in found), found
+    return found
