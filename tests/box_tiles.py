@@ -16,7 +16,7 @@ from line_problems import problem
 last = partial(problem, "channels_last")
 wide = partial(last, dtype="float32")
 
-# Of taps_nhwc: incomplete chunks and lines, narrow images, strides, multipliers, classes of rows, tiles of taps, of depth.
+# Of taps_nhwc: incomplete chunks and lines, narrow images, strides, multipliers, classes of rows, tiles of taps, depth.
 box = partial(RowTile, lanes=32, vector=1, warps=2, boxes=True)
 NHWC = [
     (wide(2, 40, (7, 9), 3, padding=1, bias=True), box(False, (3, 3), 5)),

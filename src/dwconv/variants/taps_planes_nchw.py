@@ -29,7 +29,7 @@ MOST_TAP_TILES = 4
 ALIKE = 2  # tiles of the same images, channels and warps that are worth timing
 
 # Constants of the cost model; estimates.
-LEAST_STRETCH = 128  # bytes: 112 of 7² planes took 15.6 µs where lanes' copies take 14.0, 208 of two 15.4 and not 16.5
+LEAST_STRETCH = 128  # bytes of x or g, on average: 98 of a 7² plane took 15.6 µs, not 14.0, 196 of two 15.4, not 16.5
 STAGE = 40.0  # instructions of a warp beside reads, products and copies
 FINISH = 8.0  # of a warp at the end for each register of sums
 IDLE_WARPS = 5.0  # issue slots are used as warps / (warps + IDLE_WARPS)
@@ -311,8 +311,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | str:
     count = up((tile.taps * problem.filter[1] + problem.bias) * tile.channels, 4)
     slab = max(1, min(tile.own * tile.taps, (in_stages - 4 * count) // tap_row))
     shared_bytes = up(max(in_stages, 4 * count + slab * tap_row, 16 * 32 * tile.warps + 16), 16)
-    least = 2 * tile.own * min(height * width // problem.multiplier, out_height * out_width)
-    bulk = device.sm >= BULK_COPIES and least >= LEAST_STRETCH
+    of_image = 2 * tile.own * (height * width // problem.multiplier + out_height * out_width)
+    bulk = device.sm >= BULK_COPIES and of_image >= 2 * LEAST_STRETCH
     if bulk:
         shared_bytes += 8 * tile.warps * tile.stages
     if tile.min_blocks * (shared_bytes + 1024) > device.shared_bytes:
