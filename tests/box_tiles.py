@@ -6,6 +6,7 @@ from functools import partial
 
 from dwconv.device import DeviceSpec
 from dwconv.plan import Plan
+from dwconv.variants.boxes import STACK
 from dwconv.variants.streams import BULK_COPIES
 from dwconv.variants.taps_lines_tiles import Tile as LineTile
 from dwconv.variants.taps_nhwc import TapsNhwc
@@ -79,7 +80,7 @@ SPARSE = {
 
 def box_plans(device: DeviceSpec) -> list[Plan]:
     """The plans of all of them; none where the device has no copy engine."""
-    if device.sm < BULK_COPIES:
+    if not BULK_COPIES <= device.sm < STACK:
         return []
     found = [TapsNhwc().plan(given, device, tile) for given, tile in NHWC]
     found += [TapsSparseNhwc().plan(given, device, tile) for given, tile in SPARSE.values()]

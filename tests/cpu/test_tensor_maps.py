@@ -53,7 +53,8 @@ def test_what_the_engine_does_not_take(given):
 
 
 def test_boxes_that_the_engine_does_not_make():
-    assert gradient_maps(GIVEN, PRESETS["sm_89"], False, (32, 9), (32, 4)) is None
+    for arch in ("sm_89", "sm_120"):
+        assert gradient_maps(GIVEN, PRESETS[arch], False, (32, 9), (32, 4)) is None
     assert gradient_maps(GIVEN, H200, False, (32, 257), (32, 4)) is None
     assert gradient_maps(GIVEN, H200, False, (8, 9), (8, 4)) is None  # no multiple of 128 bytes
     assert gradient_maps(GIVEN, H200, False, (24, 16), (24, 16), swizzled=True) is None

@@ -12,6 +12,7 @@ from .streams import BULK_COPIES
 from .strips import planar
 
 MOST = 256  # elements of a box, along a dimension
+STACK = 120  # the architecture from which on ptxas (13.0) gives kernels that copy boxes a stack
 
 Maps = tuple[TensorMap, TensorMap]
 
@@ -34,7 +35,7 @@ def gradient_maps(
     """
     planes, size = planar(problem), problem.element_bytes
     _, across = axes(planes, turned)
-    if device.sm < BULK_COPIES or across.apart > 1 or problem.aligned < 16:
+    if not BULK_COPIES <= device.sm < STACK or across.apart > 1 or problem.aligned < 16:
         return None
     if problem.dims == 3 and problem.plane_strides != dense_strides(problem.x_shape, problem.layout):
         return None  # planes can't be counted through all images
