@@ -149,7 +149,7 @@ class LinesVariant(Variant):
             constants["LEAD"] = one.layout.lead
         else:
             constants["BOXES"] = int(tile.boxes)
-            constants["EVICT_FIRST"] = int(tile.boxes and streams(problem, device, one.march.tap_tiles))
+            constants["EVICT_FIRST"] = int(tile.boxes and streams(problem, device, one.march.tap_tiles, shared=False))
         plan = marching_plan(
             self.stem,
             problem,

@@ -51,7 +51,7 @@ class TapsSparseNhwc(LinesVariant):
         product=6.0,
         piece=17.4,
         step=45.0,
-        segment=37.0,
+        segment=5.0,
         idle_warps=12.7,
         tensor_clocks=1.96,
         copy_clocks=16.2,
