@@ -8,12 +8,14 @@ from itertools import product
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .boxes import Maps, gradient_maps
+from .streams import LINE, MOST_SIZES
 from .strips import planar, up
 from .taps_nhwc_tiles import Tile, cut, lane_registers
 
 # Warps of a block, and blocks of a multiprocessor, that are worth a prediction where rows come as boxes.
 BOX_WARPS = ((8, 1), (10, 1), (12, 1), (14, 1), (16, 1), (6, 2), (8, 2))
 BOX_STAGES = (2, 3, 4)
+FEW_LINES = 2  # of L2, of a pixel
 
 
 def tensor_maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Maps | None:
@@ -24,6 +26,9 @@ def tensor_maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ma
     one = cut(planar(problem), device, replace(tile, boxes=True))
     if tile.lanes < 32 or tile.stage_steps > 1 or one is None:
         return None
+    pixel = problem.out_channels * problem.element_bytes
+    if tile.vector == 1 and pixel <= FEW_LINES * LINE and problem.least_bytes > MOST_SIZES * device.l2_bytes:
+        return None  # lanes' copies were faster: 485 µs, not 499, of 3×3 on 512² in float32 (H200, 2026-11)
     channels = tile.lanes * tile.vector
     x_box, g_box = (channels // problem.multiplier, one.kept), (channels, tile.columns)
     return gradient_maps(problem, device, tile.turned, x_box, g_box)
