@@ -115,13 +115,11 @@ class TapsSparseNhwc(LinesVariant):
         own_pairs, x_pairs = tile.own // 2, tile.own // 2 // m
         stage_bytes = rows * x_chunks * chunk_bytes(x_channels)
         stage_bytes += 2 * up(8 * sets * chunk_bytes(tile.channels), 128, 64)
-        if tile.boxes:
-            x_shift, g_shift = (
-                2 * (tile.lines // 2 if tile.groups == 1 else tile.lines),
-                (2 if tile.groups == 1 else 4) * tile.lines,
-            )
-            stage_bytes = rows * box_bytes(tile.lines * boxes[0], x_shift, x_channels)
-            stage_bytes += box_bytes(tile.lines * boxes[1], g_shift, tile.channels)
+        if tile.boxes:  # pixels that all lines are shifted by: kXShift and kGShift of the kernel
+            of_x, of_g = (1, 2) if tile.groups == 1 else (2, 4)
+            x_shifts, g_shifts = of_x * tile.lines, of_g * tile.lines
+            stage_bytes = rows * box_bytes(tile.lines * boxes[0], x_shifts, x_channels)
+            stage_bytes += box_bytes(tile.lines * boxes[1], g_shifts, tile.channels)
         registers = own_pairs * (4 * tile.taps[0] * chunks + 4 * live * sets + 4 * problem.bias)
         groups_of_channels = divided(problem.out_channels, tile.channels)
         x_pieces = pieces(x_positions, x_channels, x_elements)
