@@ -153,11 +153,14 @@ def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
     shape = tuple(map(ctypes.c_uint, (*plan.grid, *plan.block, plan.shared_bytes)))
     launch_kernel, stream_of, address = _launch_kernel(), torch._C._cuda_getCurrentRawStream, ctypes.addressof
     tensors_type, arguments_type, pointer = ctypes.c_void_p * 7, ctypes.c_void_p * 4, ctypes.c_void_p
-    maps_at = functools.lru_cache(maxsize=_MOST_MAPS)(functools.partial(encoded, plan.maps)) if plan.maps else None
+
+    @functools.lru_cache(maxsize=_MOST_MAPS)
+    def maps_at(mapped: tuple[int, ...]) -> Any:
+        return encoded(plan.maps, mapped, functools.partial(_make_context_current, index))
 
     def launch_now(*addresses: int) -> None:
         tensors = tensors_type(*addresses)  # twin of `dwconv::Tensors`, or of the smaller `dwconv::FilterGradients`
-        maps = maps_at(addresses[:_MAPPED]) if maps_at is not None else None
+        maps = maps_at(addresses[:_MAPPED]) if plan.maps else None
         arguments = arguments_type(
             address(tensors), address(sizes), address(tiling), None if maps is None else address(maps)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import DepthwiseError
@@ -16,6 +16,7 @@ _WORDS = BYTES // 8
 _UNSIGNED = {1: 0, 2: 1, 4: 2, 8: 4}
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _NO_INTERLEAVE = _ZEROS_OUTSIDE = 0
+_INVALID_CONTEXT = 201
 _FETCH_LINES = 2  # L2 fetches 128 bytes where less is wanted
 
 Words = Any  # ctypes.c_uint64 * n
@@ -26,8 +27,10 @@ def _encode_tiled() -> Any:
     return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
 
 
-def encoded(maps: Sequence[TensorMap], addresses: Sequence[int]) -> Words:
+def encoded(maps: Sequence[TensorMap], addresses: Sequence[int], make_current: Callable[[], None]) -> Words:
     """The maps as a kernel takes them, one after the other; `addresses` are those of the launch's operands.
+
+    make_current: gives this thread the device's context, where it has none: threads of the backward pass begin so.
 
     Raises:
         DepthwiseError: the driver refuses one.
@@ -37,7 +40,7 @@ def encoded(maps: Sequence[TensorMap], addresses: Sequence[int]) -> Words:
     aligned = -(-ctypes.addressof(room) // _ALIGNMENT) * _ALIGNMENT
     for number, given in enumerate(maps):
         rank = len(given.sizes)
-        status = _encode_tiled()(
+        arguments = (
             ctypes.c_void_p(aligned),
             _UNSIGNED[given.element_bytes],
             ctypes.c_uint32(rank),
@@ -51,6 +54,10 @@ def encoded(maps: Sequence[TensorMap], addresses: Sequence[int]) -> Words:
             _FETCH_LINES,
             _ZEROS_OUTSIDE,
         )
+        status = _encode_tiled()(*arguments)
+        if status == _INVALID_CONTEXT:
+            make_current()
+            status = _encode_tiled()(*arguments)
         if status:
             raise DepthwiseError(f"the driver refuses a map of a tensor (CUDA error {status}): {given}")
         ctypes.memmove(ctypes.addressof(found) + number * BYTES, aligned, BYTES)

@@ -71,13 +71,23 @@ def test_the_emulator_is_told_the_fields():
 def test_a_refusal_of_the_driver_names_the_map(monkeypatch):
     monkeypatch.setattr("dwconv.tensor_maps._encode_tiled", lambda: lambda *_: 1)
     with pytest.raises(DepthwiseError, match="refuses a map of a tensor"):
-        encoded(gradient_maps(GIVEN, H200, False, (32, 9), (32, 4)), [4096, 8192])
+        encoded(gradient_maps(GIVEN, H200, False, (32, 9), (32, 4)), [4096, 8192], lambda: None)
+
+
+def test_a_thread_without_a_context_gets_one(monkeypatch):
+    calls, answers = [], iter([201, 0, 0])
+    monkeypatch.setattr("dwconv.tensor_maps._encode_tiled", lambda: lambda *_: next(answers))
+    found = encoded(gradient_maps(GIVEN, H200, False, (32, 9), (32, 4)), [4096, 8192], lambda: calls.append("current"))
+    assert calls == ["current"]
+    assert len(found) * 8 == 2 * BYTES
 
 
 def test_what_leaves_the_cache_first():
     small = replace(GIVEN, batch=128, channels=384, size=(14, 14))
     assert streams(small, H200)
     assert not streams(small, H200, times=3)
-    assert not streams(replace(small, channels=40), H200)  # chunks of channels share lines
+    assert streams(replace(small, channels=40), H200)  # chunks of channels share lines, but all fits
+    assert not streams(replace(small, channels=40), H200, shared=False)
+    assert not streams(replace(small, channels=40, size=(99, 99)), H200)
     assert streams(replace(small, channels=40, layout="channels_first"), H200)
     assert not streams(replace(small, size=(56, 56)), H200)
