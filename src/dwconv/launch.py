@@ -14,7 +14,7 @@ from .compile import CompiledKernel
 from .device import PRESETS, DeviceSpec
 from .errors import DepthwiseError
 from .plan import Constants, Plan
-from .tensor_maps import encoded
+from .tensor_maps import INVALID_CONTEXT, encoded
 
 # Imported here and not where it is used first: it takes 10 ms, which no call should wait for.
 try:
@@ -22,7 +22,6 @@ try:
 except ImportError:
     _bindings = None
 
-_INVALID_CONTEXT = 201
 _STREAM_CAPTURE_UNSUPPORTED = 900
 _MAPPED, _MOST_MAPS = 2, 64  # operands that maps may be of; addresses of them whose maps are kept
 _UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupported version
@@ -166,7 +165,7 @@ def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
         )
         stream = pointer(stream_of(index))
         status = launch_kernel(function, *shape, stream, arguments, None)
-        if status == _INVALID_CONTEXT:  # the first call of a thread
+        if status == INVALID_CONTEXT:  # the first call of a thread
             _make_context_current(index)
             status = launch_kernel(function, *shape, stream, arguments, None)
         if status:

@@ -16,7 +16,7 @@ _WORDS = BYTES // 8
 _UNSIGNED = {1: 0, 2: 1, 4: 2, 8: 4}
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _NO_INTERLEAVE = _ZEROS_OUTSIDE = 0
-_INVALID_CONTEXT = 201
+INVALID_CONTEXT = 201  # of a thread that has none yet
 _FETCH_LINES = 2  # L2 fetches 128 bytes where less is wanted
 
 Words = Any  # ctypes.c_uint64 * n
@@ -55,7 +55,7 @@ def encoded(maps: Sequence[TensorMap], addresses: Sequence[int], make_current: C
             _ZEROS_OUTSIDE,
         )
         status = _encode_tiled()(*arguments)
-        if status == _INVALID_CONTEXT:
+        if status == INVALID_CONTEXT:
             make_current()
             status = _encode_tiled()(*arguments)
         if status:

@@ -28,10 +28,7 @@ struct TapsBoxes {
     __device__ __forceinline__ TapsBoxes(const GradientMaps& maps_, const Sizes& sizes, const TapsPlace<C>& place_,
                                          const LinesTiling& tiling_, Element* stages_, void* gates, unsigned first)
         : place(place_), tiling(tiling_), maps(maps_), boxes(gates), stages(stages_), position(first) {
-        if (threadIdx.x == 0) {
-            prefetch_map(maps.x);
-            prefetch_map(maps.g);
-        }
+        if (threadIdx.x == 0) prefetch_maps(maps);
         channel = static_cast<int>((place.group * C::kChunks + place.chunk) * W::kChannels);
         begin(sizes);
     }

@@ -70,10 +70,10 @@ struct TapsSparse : TapsLines<C, C::kOwn * C::kWarps> {
     static constexpr int kGChunkBytes = C::kBoxes ? 8 * kGPitch : up(8 * kGPitch, 128, 32);
     static constexpr int kGPlaneBytes = up(8 * kSets * kGChunkBytes, 128, 64);
 
-    // Boxes: chunks of a line that lanes read, of pairs that don't exist, too; and from one line to the next one.
-    static constexpr int kLinesPairs = kLinePairs ? 1 : ceil_div(8 * kSets, kLines);  // pairs of a line
-    static constexpr int kXBoxChunks = kLinePairs ? kChunks : (kLinesPairs - 1) * 2 * Base::kStrideB + kWords;
-    static constexpr int kGBoxChunks = kLinePairs ? 1 : 2 * kLinesPairs;
+    // Boxes: chunks of a line that lanes read, of pairs that don't exist, too.
+    static constexpr int kPairsOfLine = kLinePairs ? 1 : ceil_div(8 * kSets, kLines);
+    static constexpr int kXBoxChunks = kLinePairs ? kChunks : (kPairsOfLine - 1) * 2 * Base::kStrideB + kWords;
+    static constexpr int kGBoxChunks = kLinePairs ? 1 : 2 * kPairsOfLine;
     static constexpr int kXLineBytes = kXBoxChunks * kXChunkBytes, kGLineBytes = kGBoxChunks * kGChunkBytes;
     // Where line `line` begins. Lines are shifted, of x by two rows of swizzled pieces (neighbours that are a pair
     // together), of g by four (by two): those that lanes read with other words are whole swizzles away.

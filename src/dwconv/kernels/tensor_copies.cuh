@@ -64,6 +64,11 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 #endif
 }
 
+__device__ __forceinline__ void prefetch_maps(const GradientMaps& maps) {
+    prefetch_map(maps.x);
+    prefetch_map(maps.g);
+}
+
 // For one lane: starts a copy to `to`, a multiple of 128 bytes, for the stage of a gate. EvictFirst: of what is copied,
 // L2 keeps nothing that it would lose something else for.
 template <bool EvictFirst>

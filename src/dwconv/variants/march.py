@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, TensorMap, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT
 from .parts import gathered
@@ -158,6 +158,7 @@ def marching_plan(
     shared_bytes: int,
     count: int,
     predicted_seconds: float,
+    maps: tuple[TensorMap, ...] = (),
 ) -> Plan | Rejection:
     """The plan of blocks of `warps` that leave `count` sums each, or why they are too many."""
     blocks = shared.blocks
@@ -197,4 +198,5 @@ def marching_plan(
         predicted_seconds=predicted_seconds,
         partial_bytes=blocks * count * problem.sum_bytes if several else 0,
         arrivals=shared.tap_tiles * shared.groups * (1 if gatherers == 1 else gatherers + 1) if several else 0,
+        maps=maps,
     )

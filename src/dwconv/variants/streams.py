@@ -11,6 +11,11 @@ SHARING = 1024  # bytes of all channels from which on few of their lines are sha
 MOST_SIZES = 4  # of L2
 
 
+def shares_lines(problem: DepthwiseProblem) -> bool:
+    """Whether pixels of channels last share lines of L2 with their neighbours: their bytes aren't a multiple."""
+    return problem.layout == "channels_last" and problem.out_channels * problem.element_bytes % LINE != 0
+
+
 def streams(problem: DepthwiseProblem, device: DeviceSpec, times: int = 1, shared: bool = True) -> bool:
     """Whether what the kernel reads shall leave L2 before all else: it is read once, and isn't much more than L2 holds.
 
@@ -29,7 +34,7 @@ def streams(problem: DepthwiseProblem, device: DeviceSpec, times: int = 1, share
     >>> streams(DepthwiseProblem(16, 64, (512, 512), (3, 3)), H200)
     False
     """
-    pixel = problem.out_channels * problem.element_bytes
-    shares = problem.layout == "channels_last" and pixel % LINE and pixel < SHARING
-    most = (1 if shared else 0) if shares else MOST_SIZES
+    most = MOST_SIZES
+    if shares_lines(problem) and problem.out_channels * problem.element_bytes < SHARING:
+        most = 1 if shared else 0
     return times == 1 and problem.least_bytes <= most * device.l2_bytes

@@ -150,7 +150,7 @@ class LinesVariant(Variant):
         else:
             constants["BOXES"] = int(tile.boxes)
             constants["EVICT_FIRST"] = int(tile.boxes and streams(problem, device, one.march.tap_tiles, shared=False))
-        plan = marching_plan(
+        return marching_plan(
             self.stem,
             problem,
             device,
@@ -161,5 +161,5 @@ class LinesVariant(Variant):
             shared_bytes=one.shared_bytes,
             count=one.count,
             predicted_seconds=seconds(planes, device, tile, one, self.costs),
+            maps=maps,
         )
-        return replace(plan, maps=maps) if isinstance(plan, Plan) else plan

@@ -10,7 +10,7 @@ from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .march import axes
 from .parts import gathered
-from .streams import LINE
+from .streams import shares_lines
 from .strips import divided
 from .taps_lines_tiles import Cut, Tile
 
@@ -83,7 +83,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut,
     together = min(128.0, layout.together_bytes)
     if tile.boxes:
         dram *= 1.0 + costs.narrow * math.log2(128 / together)
-        if problem.out_channels * problem.element_bytes % LINE:
+        if shares_lines(problem):
             dram *= 1.0 + costs.apart * max(0.0, math.log2(max(1.0, flying) / costs.together))
     elif tile.cached:
         lines = max(1.0, flying * 128 / together)

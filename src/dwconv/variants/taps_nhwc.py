@@ -121,7 +121,7 @@ class TapsNhwc(Variant):
             "REPAIR": 1,
             "VOLUME": int(problem.dims == 3),
         }
-        plan = marching_plan(
+        return marching_plan(
             self.stem,
             problem,
             device,
@@ -132,5 +132,5 @@ class TapsNhwc(Variant):
             shared_bytes=one.shared_bytes,
             count=one.count,
             predicted_seconds=seconds(planes, device, tile, one),
+            maps=maps,
         )
-        return replace(plan, maps=maps) if isinstance(plan, Plan) else plan

@@ -10,7 +10,7 @@ from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .march import Axis, axes
 from .parts import gathered
-from .streams import LINE
+from .streams import shares_lines
 from .strips import divided
 from .taps_nhwc_tiles import Cut, Tile, piece_bytes
 
@@ -116,7 +116,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
         dram *= 1.0 + THRASH * max(0.0, math.log2(lines / kept))
     elif not tile.boxes:
         dram *= 1.0 + PAST_NARROW * math.log2(128 / min(128, chunk))
-    if tile.boxes and problem.out_channels * problem.element_bytes % LINE:
+    if tile.boxes and shares_lines(problem):
         dram *= 1.0 + APART * max(0.0, math.log2(max(1, flying) / TOGETHER))
     dram *= 1.0 + CROWD * max(0.0, min(one.resident, of_multiprocessor) * tile.warps - FEW)
     dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
