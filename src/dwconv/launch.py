@@ -23,7 +23,7 @@ except ImportError:
     _bindings = None
 
 _STREAM_CAPTURE_UNSUPPORTED = 900
-_MAPPED, _MOST_MAPS = 2, 64  # operands that maps may be of; addresses of them whose maps are kept
+_MOST_MAPS = 64  # addresses of a plan's operands whose maps are kept
 _UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupported version
 
 # (kernel_id, device index) -> CUfunction, and the module that keeps it loaded
@@ -153,13 +153,15 @@ def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
     launch_kernel, stream_of, address = _launch_kernel(), torch._C._cuda_getCurrentRawStream, ctypes.addressof
     tensors_type, arguments_type, pointer = ctypes.c_void_p * 7, ctypes.c_void_p * 4, ctypes.c_void_p
 
+    mapped = [each.operand for each in plan.maps]
+
     @functools.lru_cache(maxsize=_MOST_MAPS)
-    def maps_at(mapped: tuple[int, ...]) -> Any:
-        return encoded(plan.maps, mapped, functools.partial(_make_context_current, index))
+    def maps_at(*addresses: int) -> Any:
+        return encoded(plan.maps, addresses, functools.partial(_make_context_current, index))
 
     def launch_now(*addresses: int) -> None:
         tensors = tensors_type(*addresses)  # twin of `dwconv::Tensors`, or of the smaller `dwconv::FilterGradients`
-        maps = maps_at(addresses[:_MAPPED]) if plan.maps else None
+        maps = maps_at(*[addresses[operand] for operand in mapped]) if mapped else None
         arguments = arguments_type(
             address(tensors), address(sizes), address(tiling), None if maps is None else address(maps)
         )

@@ -28,7 +28,7 @@ def _encode_tiled() -> Any:
 
 
 def encoded(maps: Sequence[TensorMap], addresses: Sequence[int], make_current: Callable[[], None]) -> Words:
-    """The maps as a kernel takes them, one after the other; `addresses` are those of the launch's operands.
+    """The maps as a kernel takes them, one after the other, each of the tensor at its address.
 
     make_current: gives this thread the device's context, where it has none: threads of the backward pass begin so.
 
@@ -38,13 +38,13 @@ def encoded(maps: Sequence[TensorMap], addresses: Sequence[int], make_current: C
     found = (ctypes.c_uint64 * (_WORDS * len(maps)))()
     room = (ctypes.c_uint8 * (BYTES + _ALIGNMENT))()
     aligned = -(-ctypes.addressof(room) // _ALIGNMENT) * _ALIGNMENT
-    for number, given in enumerate(maps):
+    for number, (given, address) in enumerate(zip(maps, addresses, strict=True)):
         rank = len(given.sizes)
         arguments = (
             ctypes.c_void_p(aligned),
             _UNSIGNED[given.element_bytes],
             ctypes.c_uint32(rank),
-            ctypes.c_void_p(addresses[given.operand]),
+            ctypes.c_void_p(address),
             (ctypes.c_uint64 * rank)(*given.sizes),
             (ctypes.c_uint64 * (rank - 1))(*given.strides),
             (ctypes.c_uint32 * rank)(*given.box),
@@ -67,9 +67,9 @@ def encoded(maps: Sequence[TensorMap], addresses: Sequence[int], make_current: C
 def emulated(maps: Sequence[TensorMap], addresses: Sequence[int]) -> Words:
     """The same for the emulator, whose kernels read the maps' fields themselves (kernels/tensor_copies.cuh)."""
     words: list[int] = []
-    for given in maps:
+    for given, address in zip(maps, addresses, strict=True):
         fields = (
-            addresses[given.operand],
+            address,
             *given.sizes,
             *given.strides,
             *given.box,

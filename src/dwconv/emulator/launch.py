@@ -145,7 +145,7 @@ def kernel_arguments(plan: Plan, *tensors: Tensor | None) -> list[Argument]:
     tiling = (ctypes.c_uint32 * len(plan.tiling))(*plan.tiling)
     if not plan.maps:
         return [addresses, sizes, tiling]
-    return [addresses, sizes, tiling, emulated(plan.maps, [address or 0 for address in addresses])]
+    return [addresses, sizes, tiling, emulated(plan.maps, [addresses[each.operand] or 0 for each in plan.maps])]
 
 
 def launch_kernel(

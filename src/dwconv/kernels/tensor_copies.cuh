@@ -1,5 +1,5 @@
-// tensor_copies.cuh: boxes of a tensor, copied to shared memory by one instruction each (cp.async.bulk.tensor, sm_90
-// and newer)
+// tensor_copies.cuh: boxes of a tensor, copied to shared memory or from there by one instruction each
+// (cp.async.bulk.tensor, sm_90 and newer)
 //   The copy engine knows the tensor by a map that the host has made (tensor_maps.py). What a box has outside of the
 //   tensor becomes zeros. In the emulator the thread copies for itself.
 #pragma once
@@ -23,20 +23,27 @@ struct GradientMaps {
     TensorMap x, g;
 };
 
+// The same of what is read and what is written: x and y.
+struct ForwardMaps {
+    TensorMap x, y;
+};
+
 // Where byte `at` of shared memory stands if rows of so many pieces of 16 bytes are swizzled: none of 0.
 __host__ __device__ constexpr unsigned swizzled(unsigned at, unsigned pieces) {
     return pieces == 0 ? at : at ^ (at / 128 % pieces * 16);
 }
 
 #ifdef DWCONV_EMULATOR
-inline void copy_box_in_emulator(const TensorMap& map, void* to, const int (&first)[4]) {
+// Calls each(its place in shared memory, its place in the tensor or null) for every byte of a box.
+template <class Each>
+inline void bytes_of_box(const TensorMap& map, const void* place, const int (&first)[4], const Each& each) {
     const unsigned long long* const sizes = map.words + 1;
     const unsigned long long* const steps = map.words + 5;
     const unsigned long long* const box = map.words + 8;
     const unsigned long long element = map.words[12];
     const unsigned long long pieces = map.words[13] / 16;
     unsigned char* const shared = shared_memory<unsigned char>();
-    unsigned long long at = static_cast<unsigned char*>(to) - shared;
+    unsigned long long at = static_cast<const unsigned char*>(place) - shared;
     for (unsigned long long d = 0; d < box[3]; ++d)
         for (unsigned long long c = 0; c < box[2]; ++c)
             for (unsigned long long b = 0; b < box[1]; ++b)
@@ -51,8 +58,8 @@ inline void copy_box_in_emulator(const TensorMap& map, void* to, const int (&fir
                         if (k > 0) offset += index[k] * steps[k - 1];
                     }
                     for (unsigned long long byte = 0; byte < element; ++byte)
-                        shared[swizzled(at + byte, pieces)] =
-                            exists ? reinterpret_cast<const unsigned char*>(map.words[0])[offset + byte] : 0;
+                        each(shared[swizzled(at + byte, pieces)],
+                             exists ? reinterpret_cast<unsigned char*>(map.words[0]) + offset + byte : nullptr);
                 }
 }
 #endif
@@ -74,7 +81,8 @@ __device__ __forceinline__ void prefetch_maps(const GradientMaps& maps) {
 template <bool EvictFirst>
 __device__ __forceinline__ void send_box(unsigned gate, void* to, const TensorMap& map, int a, int b, int c, int d) {
 #ifdef DWCONV_EMULATOR
-    copy_box_in_emulator(map, to, {a, b, c, d});
+    bytes_of_box(map, to, {a, b, c, d},
+                 [](unsigned char& shared, const unsigned char* byte) { shared = byte == nullptr ? 0 : *byte; });
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
     if constexpr (EvictFirst)
@@ -89,6 +97,35 @@ __device__ __forceinline__ void send_box(unsigned gate, void* to, const TensorMa
             "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(address),
             "l"(&map), "r"(a), "r"(b), "r"(c), "r"(d), "r"(gate)
             : "memory");
+#endif
+}
+
+// For one lane: starts a copy of a box in shared memory, from a multiple of 128 bytes on, to the tensor. What the box
+// has outside of the tensor goes nowhere. What threads wrote there is followed by own_writes_before_copies() and a
+// barrier.
+__device__ __forceinline__ void store_box(const TensorMap& map, const void* from, int a, int b, int c, int d) {
+#ifdef DWCONV_EMULATOR
+    bytes_of_box(map, from, {a, b, c, d}, [](const unsigned char& shared, unsigned char* byte) {
+        if (byte != nullptr) *byte = shared;
+    });
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+                 "r"(a), "r"(b), "r"(c), "r"(d), "r"(static_cast<unsigned>(__cvta_generic_to_shared(from)))
+                 : "memory");
+#endif
+}
+
+// For the lane that started them: boxes that it stores have left shared memory.
+__device__ __forceinline__ void wait_until_stores_are_read() {
+#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+
+// The same: they are in the tensor.
+__device__ __forceinline__ void wait_until_stores_are_made() {
+#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }
 

@@ -1,4 +1,4 @@
-"""x and y's gradient, channels last, as the copy engine sees them (sm_90 and newer)."""
+"""Channels-last tensors as the copy engine sees them (sm_90 and newer): x and y, or x and y's gradient."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def gradient_maps(
     """
     planes, size = planar(problem), problem.element_bytes
     _, across = axes(planes, turned)
-    if not BULK_COPIES <= device.sm < STACK or across.apart > 1 or problem.aligned < 16:
+    if not copies_boxes(device) or across.apart > 1 or problem.aligned < 16:
         return None
     if problem.dims == 3 and problem.plane_strides != dense_strides(problem.x_shape, problem.layout):
         return None  # planes can't be counted through all images
@@ -62,14 +62,63 @@ def gradient_maps(
             g_box,
         ),
     )
-    fits = (
-        all(stride % 16 == 0 and 0 < stride < 2**40 for stride in each.strides)
-        and math.prod(each.box) * size % 128 == 0
-        and each.box[0] * size % 16 == 0
-        and each.swizzle in (0, 32, 64, 128)
-        and max(each.box) <= MOST
-        and max(each.sizes) < 2**31
-        for each in found
-    )
     within = column >= problem.channels and row >= width * column and image >= height * row
-    return found if all(fits) and within else None
+    whole = all(math.prod(each.box) * size % 128 == 0 for each in found)
+    return found if all(map(_is_legal, found)) and whole and within else None
+
+
+def forward_maps(
+    problem: DepthwiseProblem,
+    device: DeviceSpec,
+    turned: bool,
+    x_box: tuple[int, int, int, int],
+    y_box: tuple[int, int, int, int],
+) -> Maps | None:
+    """x and y with boxes of so many channels, columns, images and rows, in this order, swizzled.
+
+    None where the copy engine can't copy them: tensors that aren't aligned to 16 bytes, an expanded batch, pixels of
+    boxes that don't have 32, 64 or 128 bytes.
+
+    problem: of two dimensions.
+    turned: it is one with rows for columns (`sparse_rows.turned`), also those of y.
+    """
+    if not copies_boxes(device) or problem.aligned < 16:
+        return None
+    size, channels = problem.element_bytes, problem.out_channels
+    (height, width), (out_height, out_width) = problem.size, problem.out_size
+    image, _, row, column = problem.plane_strides
+    out_column, out_row = (out_height * channels, channels) if turned else (channels, out_width * channels)
+
+    def tensor_map(
+        operand: int, sizes: tuple[int, int, int, int], strides: tuple[int, int, int], box: tuple[int, int, int, int]
+    ) -> TensorMap:
+        # Of one element, any stride will do.
+        first, second, third = (s * size if n > 1 else 16 for n, s in zip(sizes[1:], strides, strict=True))
+        return TensorMap(operand, sizes, (first, second, third), box, size, box[0] * size)
+
+    found = (
+        tensor_map(0, (problem.channels, width, problem.batch, height), (column, image, row), x_box),
+        tensor_map(
+            3,
+            (channels, out_width, problem.batch, out_height),
+            (out_column, out_height * out_width * channels, out_row),
+            y_box,
+        ),
+    )
+    return found if all(map(_is_legal, found)) else None
+
+
+def copies_boxes(device: DeviceSpec) -> bool:
+    """Whether the device has a copy engine that ptxas makes good code for."""
+    return BULK_COPIES <= device.sm < STACK
+
+
+def _is_legal(found: TensorMap) -> bool:
+    """Whether the driver takes a map, and kernels can count on where its boxes lie in shared memory."""
+    return (
+        all(stride % 16 == 0 and 0 < stride < 2**40 for stride in found.strides)
+        and found.box[0] * found.element_bytes % 16 == 0
+        and found.swizzle in (0, 32, 64, 128)
+        and max(found.box) <= MOST
+        and max(found.sizes) < 2**31
+    )
