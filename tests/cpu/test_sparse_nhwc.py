@@ -102,6 +102,15 @@ def test_results_are_within_rounding_in_any_order_of_threads(plan: Plan) -> None
     check_in_any_order(plan)
 
 
+def test_rows_come_as_boxes_where_the_copy_engine_takes_them() -> None:
+    given = replace(PROBLEMS[0], batch=128, channels=192, size=(28, 28))
+    (plan,) = (each for each in VARIANT.candidates(given, H200) if isinstance(each, Plan))
+    assert plan.maps
+    for other in (replace(given, aligned=8), replace(given, size=(1, 28), filter=(1, 9), padding=same(1, 9))):
+        assert not any(each.maps for each in VARIANT.every_plan(other, H200)), other
+    assert not any(each.maps for each in VARIANT.every_plan(given, PRESETS["sm_80"]))
+
+
 def test_no_kernel_spills() -> None:
     archs = [device for device in PRESETS.values() if device.sm >= 80]
     shapes = [*PROBLEMS, *(P(8, 96, (56, 56), (k, k), padding=same(k, k), bias=True) for k in (3, 5, 7))]

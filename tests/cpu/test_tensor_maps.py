@@ -10,7 +10,8 @@ from dwconv.device import H200, PRESETS
 from dwconv.errors import DepthwiseError
 from dwconv.problem import DepthwiseProblem
 from dwconv.tensor_maps import BYTES, emulated, encoded
-from dwconv.variants.boxes import gradient_maps
+from dwconv.variants.boxes import forward_maps, gradient_maps
+from dwconv.variants.sparse_rows import turned
 from dwconv.variants.streams import streams
 
 GIVEN = DepthwiseProblem(
@@ -58,6 +59,24 @@ def test_boxes_that_the_engine_does_not_make():
     assert gradient_maps(GIVEN, H200, False, (32, 257), (32, 4)) is None
     assert gradient_maps(GIVEN, H200, False, (8, 9), (8, 4)) is None  # no multiple of 128 bytes
     assert gradient_maps(GIVEN, H200, False, (24, 16), (24, 16), swizzled=True) is None
+
+
+def test_the_maps_of_what_is_read_and_of_what_is_written():
+    given = replace(GIVEN, direction="forward", dtype="float16")
+    x, y = forward_maps(given, H200, False, (64, 9, 2, 3), (32, 7, 1, 1))
+    assert (x.operand, x.sizes, x.strides) == (0, (48, 20, 2, 9), (96, 17280, 1920))
+    assert (x.box, x.swizzle) == ((64, 9, 2, 3), 128)
+    assert (y.operand, y.sizes, y.strides) == (3, (48, 10, 2, 9), (96, 8640, 960))
+    assert (y.box, y.swizzle) == ((32, 7, 1, 1), 64)
+    x, y = forward_maps(turned(given), H200, True, (64, 9, 2, 3), (32, 7, 1, 1))
+    assert (x.sizes, x.strides) == ((48, 9, 2, 20), (1920, 17280, 96))
+    assert (y.sizes, y.strides) == ((48, 9, 2, 10), (960, 8640, 96))
+    one = replace(given, batch=1, x_strides=(8, 1, 20 * 48, 48))  # of one image, any stride will do
+    assert forward_maps(one, H200, False, (64, 9, 1, 3), (32, 7, 1, 1)) is not None
+    for refused in (replace(given, x_strides=(0, 1, 20 * 48, 48)), replace(given, aligned=8)):
+        assert forward_maps(refused, H200, False, (64, 9, 2, 3), (32, 7, 1, 1)) is None
+    assert forward_maps(given, H200, False, (96, 9, 2, 3), (32, 7, 1, 1)) is None  # no pixels of 192 bytes
+    assert forward_maps(given, PRESETS["sm_89"], False, (64, 9, 2, 3), (32, 7, 1, 1)) is None
 
 
 def test_the_emulator_is_told_the_fields():

@@ -65,6 +65,16 @@ struct Word<16> {
     using Type = uint4;
 };
 
+// One of two types.
+template <bool First, class A, class B>
+struct Selected {
+    using Type = A;
+};
+template <class A, class B>
+struct Selected<false, A, B> {
+    using Type = B;
+};
+
 // Loads Width elements from memory that no thread writes during the launch.
 template <int Width, class T>
 __device__ __forceinline__ Vector<T, Width> load_vector(const T* address) {

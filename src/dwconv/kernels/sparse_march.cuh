@@ -84,13 +84,13 @@ struct SparseMarch {
             const unsigned pixel = slot * tiling.width + (group - slot * groups) * (C::kGroup * C::kStrideW) + lane % 4;
 #pragma unroll
             for (int k = 0; k < kOffsets; ++k) {
-                offsets[tile][k] = R::place(pixel + 4 * k, octet) + of_octet;
+                offsets[tile][k] = R::X::place(pixel + 4 * k, octet) + of_octet;
                 keep(offsets[tile][k]);
             }
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            into[e] = R::template place<false>(R::group_of(lane % 4 * 2 + e) * C::kPitch + lane / 4, octet) + of_octet;
+            into[e] = R::Y::place(R::group_of(lane % 4 * 2 + e) * C::kPitch + lane / 4, octet) + of_octet;
             keep(into[e]);
         }
         taps.spread(words + warp * B::kWords);
@@ -130,7 +130,7 @@ struct SparseMarch {
                     // Where no tap of a group reaches, A has zeros, and any pixel will do: the last one again.
                     const int of = smaller(s, ceil_div(B::kReach - 16 * step, 4) - 1);
                     const auto loaded = *reinterpret_cast<const typename Word<4 * C::kPairs>::Type*>(
-                        row + (offsets[tile][of % kOffsets] + (16 * step + of / kOffsets * R::kPeriod) * R::kPixel));
+                        row + (offsets[tile][of % kOffsets] + (16 * step + of / kOffsets * R::kPeriod) * R::X::kPixel));
 #pragma unroll
                     for (int p = 0; p < C::kPairs; ++p)
                         pixels[tile][step][p][s] = another(reinterpret_cast<const unsigned*>(&loaded)[p], zero, s - of);
@@ -195,7 +195,7 @@ struct SparseMarch {
                     check[e] = fmaf(sum, 0.0f, check[e]);
                     out[o] = finished<C>(sum, values[o], residual.element[o]);
                 }
-                *reinterpret_cast<Vector<T, kOwn>*>(row + (into[e] + 8 * tile * C::kPitch * R::kPixel)) =
+                *reinterpret_cast<Vector<T, kOwn>*>(row + (into[e] + 8 * tile * C::kPitch * R::Y::kPixel)) =
                     rounded<T, kOwn>(out);
             }
     }

@@ -8,20 +8,27 @@
 //   store what was finished in the step before, and multiply kRows rows; one barrier a step. kTurned: what is called a
 //   row here is a column in memory; that serves tall filters.
 //   kWhole: a step takes all rows of small images.
-//   shared memory: x [kStages][kRows][slots][width][kChannels]; results [2][rows of a step][groups][kPitch][kChannels],
-//     and filters, spread, before the march; steps
+//   kBoxes: the copy engine brings all rows of a step, of kXChannels channels.
+//   shared memory: x [kStages][kRows][slots][width][kXChannels]; results [2][rows of a
+//   step][groups][kPitch][kChannels],
+//     and filters, spread, before the march; gates; steps
 //   grid.x = chunks of kChannels channels * strips of columns * parts of all output rows, chunk fastest
 //   least DRAM traffic: x + w + y, once each; rows around a part's ends and columns between strips come from L2
 #pragma once
+#include "sparse_boxes.cuh"
 #include "sparse_march.cuh"
 
 namespace dwconv {
 
+// Rows of x come by the copies of all threads, or as boxes.
 template <class C>
+using SparseArrivals = typename Selected<C::kBoxes, SparseBoxes<C>, SparseFetch<C>>::Type;
+
+// `map`: of x, if it comes as boxes.
+template <class C, class... Map>
 __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
-                                            const SparseTiling& tiling) {
+                                            const SparseTiling& tiling, const Map&... map) {
     using R = SparseRows<C>;
-    using T = typename C::Element;
     const unsigned above = tiling.chunks.quotient(blockIdx.x);
     const int first_channel = static_cast<int>(blockIdx.x - above * tiling.chunks.divisor) * C::kChannels;
     const unsigned part = tiling.column_strips.quotient(above);
@@ -37,38 +44,38 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
     unsigned char* const results = stages + tiling.results;
     SparseStep* const lines = reinterpret_cast<SparseStep*>(results + tiling.table);
 
+    SparseArrivals<C>::prefetch(map...);
     const SparseTaps<C> taps(tensors, sizes, first_channel);
     SparseSteps<C> steps(position, end_position, sizes, tiling);
-    const SparseFetch<C> fetch(tensors.x, sizes, tiling, first_channel, first_column);
-    const long long x_row = 2 * sizes.x_row, out_row = 2 * static_cast<long long>(tiling.y_row);
+    const SparsePlace place = {first_channel, first_column, results + tiling.table - C::kGateBytes};
+    SparseArrivals<C> arrivals(tensors.x, sizes, tiling, place, map...);
     int copied = 0;
 #pragma unroll 1
     for (; copied < steps.early(); ++copied)
-        fetch.copy(steps.early_reads(copied), x_row, stages + copied * stage_bytes, row_bytes);
+        arrivals.copy_early(steps.early_reads(copied), stages + copied * stage_bytes, copied);
     steps.number_all();
     steps.write(lines);
     if (copied < steps.kAhead) {  // the first unit is short
         __syncthreads();
 #pragma unroll 1
         for (; copied < steps.kAhead; ++copied)
-            fetch.copy(SparseStep::read(lines + copied), x_row, stages + copied * stage_bytes, row_bytes);
+            arrivals.copy_early(SparseStep::read(lines + copied), stages + copied * stage_bytes, copied);
     }
-    clear_beside<C>(stages, sizes, tiling, first_column);
-    const SparseStores<C> stores(tensors.y, sizes, tiling, first_channel, first_column);
+    arrivals.clear_beside(stages, sizes, tiling);
+    const SparseStores<C> stores(tensors.y, sizes, tiling, place);
     SparseMarch<C> march(taps, tiling, reinterpret_cast<unsigned*>(results));
     march.begin();
-    int stage = 0, free = steps.kAhead * stage_bytes, put = 0;  // stages to read and to fill; results to fill
-    unsigned made = 0;                                          // what the step before made, and where it belongs
-    long long made_to = 0;
+    int stage = 0, free = steps.kAhead, put = 0;  // stages to read and to fill; results to fill
+    SparseStep before = {};                       // the step before: what it made, and where that belongs
+    arrivals.open();
 #pragma unroll 1
     for (int at = 0; at != steps.count; ++at) {
-        wait_for_copies<C::kStages - 2>();
-        __syncthreads();  // the rows are there for the products, and the results of the step before for the stores
+        arrivals.meet(stage);  // the rows are there for the products, the results of the step before for y
         const SparseStep now = SparseStep::read(lines + at);
+        const unsigned char* const rows = stages + stage * stage_bytes;
         typename SparseMarch<C>::Pixels pixels;
-        march.load(pixels, stages + stage);
-        fetch.copy(SparseStep::read(lines + at + steps.kAhead), x_row, stages + free, row_bytes);
-        free = stage;
+        march.load(pixels, rows);
+        arrivals.copy(lines + at + steps.kAhead, stages + free * stage_bytes, free);
 #pragma unroll
         for (int d = 0; d < C::kRows; ++d) {
             // The rows of the step before that are stored beside this row's products.
@@ -88,9 +95,8 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
                 march.add(d % C::kStrideH, pixels);
 #pragma unroll
             for (int k = 0; k < kEach; ++k)
-                if (d * kEach + k < R::kOutputs)
-                    stores.store(words[k], made_to + (d * kEach + k) * out_row, made & 1u << (d * kEach + k));
-            if (d + 1 < C::kRows) march.load(pixels, stages + (stage + (d + 1) * row_bytes));
+                if (d * kEach + k < R::kOutputs) stores.store(words[k], before, d * kEach + k);
+            if (d + 1 < C::kRows) march.load(pixels, rows + (d + 1) * row_bytes);
             if constexpr (C::kWhole) {
 #pragma unroll
                 for (int k = 0; k < R::kOutputs; ++k)
@@ -99,19 +105,14 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
                 finish((d - R::kFirst) / C::kStrideH);
             }
         }
-        stage = stage + stage_bytes == static_cast<int>(tiling.results) ? 0 : stage + stage_bytes;
+        free = stage;
+        stage = stage + 1 == C::kStages ? 0 : stage + 1;
         put = kStepResults - put;
-        made = now.made;
-        made_to = now.to;
+        before = now;
         if (!C::kWhole && (now.made & SparseStep::kBegins)) march.begin();
     }
     __syncthreads();
-#pragma unroll
-    for (int k = 0; k < R::kOutputs; ++k) {
-        typename SparseStores<C>::Words words;
-        stores.read(words, results + (kStepResults - put + k * R::kResults));
-        stores.store(words, made_to + k * out_row, made & 1u << k);
-    }
+    stores.end(before, results + (kStepResults - put));
     const float check = march.check[0] + march.check[1];
     __syncthreads();
     // Channels that don't exist were never copied.
@@ -149,6 +150,8 @@ __device__ __forceinline__ void sparse_nhwc(const Tensors<typename C::Element>& 
 #define DWCONV_LOADS 1
 #define DWCONV_STORES 1
 #define DWCONV_TURNED 0
+#define DWCONV_BOXES 0
+#define DWCONV_X_CHANNELS 32
 #endif
 
 struct Config : ProblemConfig {
@@ -160,12 +163,24 @@ struct Config : ProblemConfig {
     static constexpr int kStages = DWCONV_STAGES, kRows = DWCONV_ROWS;
     static constexpr int kLoads = DWCONV_LOADS, kStores = DWCONV_STORES;
     static constexpr bool kTurned = DWCONV_TURNED, kWhole = DWCONV_WHOLE;
+    static constexpr bool kBoxes = DWCONV_BOXES;  // rows come as boxes, of so many channels
+    static constexpr int kXChannels = DWCONV_X_CHANNELS;
+    static constexpr int kGateBytes = kBoxes ? 64 : 0;                           // of shared memory
     static constexpr int kOutRows = DWCONV_OUT_ROWS, kColumns = DWCONV_COLUMNS;  // of an image that is taken as a whole
 };
 
 using Tiling = dwconv::SparseTiling;
 
+#if DWCONV_BOXES
+#define DWCONV_MAP , const __grid_constant__ dwconv::TensorMap map
+#define DWCONV_GIVEN_MAP , map
+#else
+#define DWCONV_MAP
+#define DWCONV_GIVEN_MAP
+#endif
+
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
-    dwconv_kernel(const dwconv::Tensors<Config::Element> tensors, const dwconv::Sizes sizes, const Tiling tiling) {
-    dwconv::sparse_nhwc<Config>(tensors, sizes, tiling);
+    dwconv_kernel(const dwconv::Tensors<Config::Element> tensors, const dwconv::Sizes sizes,
+                  const Tiling tiling DWCONV_MAP) {
+    dwconv::sparse_nhwc<Config>(tensors, sizes, tiling DWCONV_GIVEN_MAP);
 }

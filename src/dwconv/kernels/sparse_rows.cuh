@@ -37,24 +37,32 @@ __device__ __forceinline__ long long wide_product(int a, int b) {
     return product;
 }
 
-template <class C>
-struct SparseRows {
-    // Eight channels are an octet. The octets of a pixel change places from pixel to pixel such that those of the same
-    // channels of eight neighbouring pixels are in different banks; kFolded: those of twice four, eight pixels apart.
-    static constexpr unsigned kOctets = C::kChannels / 8;
-    static constexpr unsigned kThreadPixels = C::kThreads / kOctets;  // that all threads copy or store at once
-    static_assert(C::kThreads % kOctets == 0, "a thread's pieces are of the same octet");
+// Pixels in shared memory. Eight channels are an octet. The octets of a pixel change places from pixel to pixel such
+// that those of the same channels of eight neighbouring pixels are in different banks; Folded: those of twice four,
+// eight pixels apart.
+template <int Channels, bool Folded>
+struct SparsePixels {
+    static constexpr int kPixel = 2 * Channels;  // bytes from one to the next
+    static constexpr unsigned kOctets = Channels / 8;
     static constexpr unsigned kTurns = kOctets % 8 == 0 ? 8 : kOctets % 4 == 0 ? 4 : kOctets % 2 == 0 ? 2 : 1;
-    template <bool Folded = C::kFolded>
     __device__ __forceinline__ static int place(unsigned pixel, unsigned octet) {  // in bytes of a row
         const unsigned number = Folded ? pixel ^ (pixel / 2 & 4) : pixel;
         return static_cast<int>(16 * (pixel * kOctets + (octet ^ (number / (8 / kTurns) & (kTurns - 1)))));
     }
-    // After how many pixels the places are the same again.
+};
+
+template <class C>
+struct SparseRows {
+    using X = SparsePixels<C::kXChannels, C::kFolded>;
+    using Y = SparsePixels<C::kChannels, false>;
+    // After how many pixels of x the places are the same again.
     static constexpr int kPeriod = C::kFolded ? 16 : 8;
-    static constexpr int kPixel = 2 * C::kChannels;                // bytes from pixel to pixel
-    static constexpr int kGroups = 8 * C::kTiles;                  // of a row, of all slots
-    static constexpr int kResults = kGroups * C::kPitch * kPixel;  // bytes of a row of results
+    static constexpr unsigned kOctets = Y::kOctets;
+    static constexpr unsigned kThreadPixels = C::kThreads / kOctets;  // that all threads copy or store at once
+    static_assert(C::kThreads % kOctets == 0, "a thread's pieces are of the same octet");
+    static_assert(C::kBoxes || C::kXChannels == C::kChannels, "only boxes bring channels that the block doesn't make");
+    static constexpr int kGroups = 8 * C::kTiles;                     // of a row, of all slots
+    static constexpr int kResults = kGroups * C::kPitch * Y::kPixel;  // bytes of a row of results
     // The group of outputs that is column `number` of the products' B. Groups whose pixels are read at the same time,
     // columns 2 * k and 2 * k + 1, are kApart groups apart, so that they are in different banks.
     __device__ __forceinline__ static unsigned group_of(unsigned number) {
@@ -93,8 +101,8 @@ struct SparseRows {
 // A line of the block's timetable: what a step reads, which is copied kStages - 1 steps before, and what it completes.
 // In bytes, from x and y on, for column 0 and channel 0 of the first image.
 struct alignas(32) SparseStep {
-    long long from;  // the first input row
-    unsigned exist;  // bit d: input row d exists
+    long long from;  // the first input row; its number, if it comes as a box
+    unsigned exist;  // bit d: input row d exists; if all come as a box, whether it is wanted
     int image;
     long long to;   // the first output row that is completed
     unsigned made;  // bit k: the k-th output row completed is the unit's; kBegins: a new unit begins after this step
@@ -163,6 +171,11 @@ struct SparseSteps {
     __device__ __forceinline__ SparseStep reads(int image, int row) const {
         SparseStep line = {};
         line.image = image;
+        if constexpr (C::kBoxes) {
+            line.from = row;
+            line.exist = 1;
+            return line;
+        }
         line.from = 2 * (wide_product(image, static_cast<int>(sizes.x_image)) +
                          wide_product(row, static_cast<int>(sizes.x_row)));
 #pragma unroll
@@ -211,6 +224,12 @@ struct SparseSteps {
     }
 };
 
+// Where a block is: its first channel, its first column of y, and shared memory for gates of its stages.
+struct SparsePlace {
+    int first_channel, first_column;
+    unsigned char* gates;
+};
+
 // What a thread copies of each row: eight channels of some pixels.
 template <class C>
 struct SparseFetch {
@@ -218,11 +237,15 @@ struct SparseFetch {
     using T = typename C::Element;
     const unsigned char* from[C::kLoads];  // in row 0 of image 0
     int into[C::kLoads];                   // in bytes of a row of shared memory; negative: nothing
+    long long row_bytes;                   // of x
+    int stage_row;                         // of shared memory, in bytes
+    int first_column;
 
     __device__ __forceinline__ SparseFetch(const T* x, const Sizes& sizes, const SparseTiling& tiling,
-                                           int first_channel, int first_column) {
+                                           const SparsePlace& place)
+        : row_bytes(2 * sizes.x_row), stage_row(static_cast<int>(tiling.row_bytes)), first_column(place.first_column) {
         const unsigned octet = threadIdx.x % R::kOctets, columns = tiling.copied_columns.divisor;
-        const int channel = first_channel + static_cast<int>(octet * 8);
+        const int channel = place.first_channel + static_cast<int>(octet * 8);
         const int begin = first_column * C::kStrideW - C::kLead;  // of the slot's pixels, in x
         const unsigned count = channel < static_cast<int>(sizes.out_channels) ? tiling.slots.divisor * columns : 0;
 #pragma unroll
@@ -236,14 +259,13 @@ struct SparseFetch {
                           static_cast<unsigned>(of_x) * static_cast<unsigned>(sizes.x_column) + channel;
             keep(at);
             from[k] = reinterpret_cast<const unsigned char*>(x + at);
-            into[k] = exists ? R::place(slot * tiling.width + column, octet) : -1;
+            into[k] = exists ? R::X::place(slot * tiling.width + column, octet) : -1;
             keep(into[k]);
         }
     }
 
     // Copies the rows of a line to a stage; rows that don't exist become zeros.
-    __device__ __forceinline__ void copy(const SparseStep& line, long long row_bytes, unsigned char* stage,
-                                         int stage_row) const {
+    __device__ __forceinline__ void copy_early(const SparseStep& line, unsigned char* stage, int) const {
 #pragma unroll
         for (int k = 0; k < C::kLoads; ++k)
 #pragma unroll
@@ -253,31 +275,41 @@ struct SparseFetch {
                                                     into[k]);
         end_of_copies();
     }
-};
-
-// Makes zeros of the pixels beside the image that products read, in all stages: nothing is copied there.
-template <class C>
-__device__ __forceinline__ void clear_beside(unsigned char* stages, const Sizes& sizes, const SparseTiling& tiling,
-                                             int first_column) {
-    using R = SparseRows<C>;
-    using B = SparseBand<C>;
-    const int begin = first_column * C::kStrideW - C::kLead, slots = static_cast<int>(tiling.slots.divisor);
-    // Pixels `left` to `right` - 1 of a slot are the image's.
-    const int right = smaller(static_cast<int>(tiling.copied_columns.divisor), static_cast<int>(sizes.in_w) - begin);
-    const int left = smaller(larger(-begin, 0), right);
-    const int read =
-        (static_cast<int>(tiling.slot_groups.divisor) - 1) * (C::kGroup * C::kStrideW) + ceil_div(B::kReach, 4) * 4;
-    const unsigned beside = static_cast<unsigned>(larger(read - (right - left), 0)) * R::kOctets;
-#pragma unroll 1
-    for (unsigned number = threadIdx.x; number < beside * slots; number += C::kThreads) {
-        const unsigned k = tiling.slots.quotient(number / R::kOctets), slot = number / R::kOctets - k * slots;
-        const unsigned pixel = k < static_cast<unsigned>(left) ? k : k + (right - left);
-        unsigned char* at = stages + R::place(slot * tiling.width + pixel, number % R::kOctets);
-#pragma unroll
-        for (int row = 0; row < C::kStages * C::kRows; ++row, at += tiling.row_bytes)
-            *reinterpret_cast<uint4*>(at) = uint4{0, 0, 0, 0};
+    __device__ __forceinline__ void copy(const SparseStep* line, unsigned char* stage, int number) const {
+        copy_early(SparseStep::read(line), stage, number);
     }
-}
+
+    __device__ __forceinline__ static void prefetch() {}
+    __device__ __forceinline__ static void open() {}
+    // The copies of the stage that was filled first have arrived, and all threads meet.
+    __device__ __forceinline__ void meet(int) const {
+        wait_for_copies<C::kStages - 2>();
+        __syncthreads();
+    }
+
+    // Makes zeros of the pixels beside the image that products read, in all stages: nothing is copied there.
+    __device__ __forceinline__ void clear_beside(unsigned char* stages, const Sizes& sizes,
+                                                 const SparseTiling& tiling) const {
+        using B = SparseBand<C>;
+        const int begin = first_column * C::kStrideW - C::kLead, slots = static_cast<int>(tiling.slots.divisor);
+        // Pixels `left` to `right` - 1 of a slot are the image's.
+        const int right =
+            smaller(static_cast<int>(tiling.copied_columns.divisor), static_cast<int>(sizes.in_w) - begin);
+        const int left = smaller(larger(-begin, 0), right);
+        const int read =
+            (static_cast<int>(tiling.slot_groups.divisor) - 1) * (C::kGroup * C::kStrideW) + ceil_div(B::kReach, 4) * 4;
+        const unsigned beside = static_cast<unsigned>(larger(read - (right - left), 0)) * R::kOctets;
+#pragma unroll 1
+        for (unsigned number = threadIdx.x; number < beside * slots; number += C::kThreads) {
+            const unsigned k = tiling.slots.quotient(number / R::kOctets), slot = number / R::kOctets - k * slots;
+            const unsigned pixel = k < static_cast<unsigned>(left) ? k : k + (right - left);
+            unsigned char* at = stages + R::X::place(slot * tiling.width + pixel, number % R::kOctets);
+#pragma unroll
+            for (int row = 0; row < C::kStages * C::kRows; ++row, at += tiling.row_bytes)
+                *reinterpret_cast<uint4*>(at) = uint4{0, 0, 0, 0};
+        }
+    }
+};
 
 // One instruction, whatever the compiler makes of the address.
 __device__ __forceinline__ void store_16(void* to, const uint4& words) {
@@ -297,17 +329,19 @@ struct SparseStores {
     using T = typename C::Element;
     unsigned char* into[C::kStores];  // in row 0 of image 0
     int from[C::kStores];             // in bytes of a row of the results; negative: nothing
+    long long out_row;                // bytes from row to row
 
-    __device__ __forceinline__ SparseStores(T* y, const Sizes& sizes, const SparseTiling& tiling, int first_channel,
-                                            int first_column) {
+    __device__ __forceinline__ SparseStores(T* y, const Sizes& sizes, const SparseTiling& tiling,
+                                            const SparsePlace& place)
+        : out_row(2 * static_cast<long long>(tiling.y_row)) {
         const unsigned octet = threadIdx.x % R::kOctets, columns = tiling.stored_columns.divisor;
-        const int channel = first_channel + static_cast<int>(octet * 8);
+        const int channel = place.first_channel + static_cast<int>(octet * 8);
         const unsigned count = channel < static_cast<int>(sizes.out_channels) ? tiling.slots.divisor * columns : 0;
 #pragma unroll
         for (int k = 0; k < C::kStores; ++k) {
             const unsigned pixel = threadIdx.x / R::kOctets + k * R::kThreadPixels;
             const unsigned slot = tiling.stored_columns.quotient(pixel), column = pixel - slot * columns;
-            const int of_y = first_column + static_cast<int>(column);
+            const int of_y = place.first_column + static_cast<int>(column);
             const bool exists = pixel < count && of_y < static_cast<int>(sizes.out_w);
             unsigned at = slot * image_of_y(sizes) + of_y * tiling.y_column + channel;
             keep(at);
@@ -316,7 +350,7 @@ struct SparseStores {
             const unsigned group = column * (65536 / C::kGroup + 1) >> 16;
             const unsigned of_results =
                 slot * tiling.slot_groups.divisor * C::kPitch + column + group * (C::kPitch - C::kGroup);
-            from[k] = exists ? R::template place<false>(of_results, octet) : -1;
+            from[k] = exists ? R::Y::place(of_results, octet) : -1;
             keep(from[k]);
         }
     }
@@ -327,11 +361,21 @@ struct SparseStores {
 #pragma unroll
         for (int k = 0; k < C::kStores; ++k) words[k] = *reinterpret_cast<const uint4*>(results + larger(from[k], 0));
     }
-    // `to`: of the row, in bytes.
-    __device__ __forceinline__ void store(const Words& words, long long to, bool is_made) const {
+    // The k-th row that a step before this one made, if it did.
+    __device__ __forceinline__ void store(const Words& words, const SparseStep& step, int row) const {
 #pragma unroll
         for (int k = 0; k < C::kStores; ++k)
-            if (from[k] >= 0 && is_made) store_16(into[k] + to, words[k]);
+            if (from[k] >= 0 && (step.made & 1u << row)) store_16(into[k] + (step.to + row * out_row), words[k]);
+    }
+
+    // What the last step made.
+    __device__ __forceinline__ void end(const SparseStep& step, const unsigned char* results) const {
+#pragma unroll
+        for (int k = 0; k < R::kOutputs; ++k) {
+            Words words;
+            read(words, results + k * R::kResults);
+            store(words, step, k);
+        }
     }
 };
 

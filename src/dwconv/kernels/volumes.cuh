@@ -14,15 +14,6 @@
 
 namespace dwconv {
 
-template <bool First, class A, class B>
-struct Selected {
-    using Type = A;
-};
-template <class A, class B>
-struct Selected<false, A, B> {
-    using Type = B;
-};
-
 // Marches. `window` and `taps` are a lane's places in a tile and in the filters of the block.
 template <class C, class Sum>
 __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensors, const Sizes& sizes,

@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, fast_divisor, legal, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, TensorMap, fast_divisor, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
+from .boxes import forward_maps
 from .matrix_items import count_of
 from .sparse_rows import (
     MOST_PRODUCTS,
+    MOST_ROWS,
     MOST_STEPS,
     Cut,
     Tile,
@@ -41,6 +43,8 @@ class SparseNhwc(Variant):
     def tiles(self, problem: DepthwiseProblem) -> Iterator[Tile]:
         """Tiles in question, by what was measured (docs/variants/sparse_nhwc.md)."""
         stride, turn = problem.stride, problem.filter[0] > problem.filter[1]
+        if problem.size[0] > 1:  # sequences are faster without boxes, which take no groups of eight
+            yield from self.box_tiles(problem)
         for warps, pairs in ((8, 4), (4, 4), (6, 4), (8, 2), (4, 2), (12, 2), (10, 2), (16, 2), (8, 1)):
             yield Tile(warps, pairs, 1, 4, 2 * stride[0])
             yield Tile(warps, pairs, 1, 6, stride[0])
@@ -52,15 +56,35 @@ class SparseNhwc(Variant):
             yield Tile(8, 1, 1, 4, 2 * stride[1], turned=True)
             yield Tile(8, 1, 1, 4, stride[1], turned=True)
 
+    def box_tiles(self, problem: DepthwiseProblem) -> Iterator[Tile]:
+        """Those whose rows the copy engine brings."""
+        rows = problem.stride[0]
+        for warps in (8, 6, 4):
+            yield Tile(warps, 4, 1, 4, 2 * rows, boxes=True)
+        if rows > 1:
+            yield Tile(8, 4, 1, 6, rows, boxes=True)
+        if problem.filter[0] > 5:  # matrices of eight channels don't fit in registers
+            yield Tile(8, 2, 1, 4, 2 * rows, boxes=True)
+            yield Tile(8, 2, 1, 3, 4 * rows, boxes=True)
+        if max(*problem.size, *problem.out_size) <= 8:
+            yield Tile(8, 2, 1, 3, problem.size[0], whole=True, boxes=True)
+
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
         if problem.taps < 9:
             yield Rejection(self.stem, "", "few taps are multiplied faster one by one")
             return
-        if max(problem.stride) > 1 and (problem.taps < 25 or problem.out_size[1] < 16):
-            yield Rejection(self.stem, "", "with strides, few taps or narrow images leave most of a product empty")
+        if max(problem.stride) > 1 and problem.taps < 25:
+            yield Rejection(self.stem, "", "with strides, few taps leave most of a product empty")
             return
-        found = [self.plan(problem, device, tile) for tile in self.tiles(problem)]
-        yield min(legal(found), key=lambda plan: plan.predicted_seconds, default=found[-1])
+        tiles = list(self.tiles(problem))
+        if max(problem.stride) > 1 and problem.out_size[1] < 16:
+            tiles = [tile for tile in tiles if tile.boxes]  # pieces of narrow images are copied too slowly
+        found = [self.plan(problem, device, tile) for tile in tiles]
+        if not found:
+            yield Rejection(self.stem, "", "with strides, sequences shorter than 16 outputs leave products empty")
+            return
+        # Boxes serve more sizes with the same kernel, so that a stream of sizes compiles few.
+        yield min(legal(found), key=lambda plan: plan.predicted_seconds * (1 if plan.maps else 1.05), default=found[-1])
 
     def every_plan(self, problem: DepthwiseProblem, device: DeviceSpec) -> list[Plan]:
         """The plans of all legal tiles: for tests and for tuning."""
@@ -92,6 +116,8 @@ class SparseNhwc(Variant):
             return rejected("images are too large to be taken as a whole")
         if not tile.whole and tile.rows % problem.stride[0]:
             return rejected(f"a step of {tile.rows} rows doesn't end with an output row")
+        if tile.rows > MOST_ROWS:
+            return rejected(f"a step of {tile.rows} rows is longer than {MOST_ROWS}")
         if max(problem.padding[0]) >= problem.filter[0]:
             return rejected("some windows lie in the padding as a whole; each must reach the image")
         image, _, row, column = problem.plane_strides
@@ -102,7 +128,8 @@ class SparseNhwc(Variant):
             return rejected("there is nothing to sum")
         grouping = grouping_of(problem, tile)
         if grouping is None:
-            return rejected(f"a filter row reaches over more than {16 * MOST_PRODUCTS} pixels")
+            many = f"a filter row reaches over more than {16 * MOST_PRODUCTS} pixels"
+            return rejected("groups of eight pixels would meet in the same banks" if tile.whole else many)
         taken = registers(problem, tile, grouping.steps, device.sm)
         if taken > most_registers(tile):
             return rejected(f"{taken} registers for a thread of {tile.warps} warps are too many")
@@ -117,10 +144,17 @@ class SparseNhwc(Variant):
         if one.rows + one.part_rows >= 2**31 or one.chunks * grouping.strips * one.parts > GRID_X_LIMIT:
             return rejected("there are too many rows to number them in 31 bits")
         octets = tile.channels // 8
-        loads = count_of(grouping.slots * one.columns * octets, tile.threads, COUNTS)
+        loads = 1 if tile.boxes else count_of(grouping.slots * one.columns * octets, tile.threads, COUNTS)
         stores = count_of(grouping.slots * grouping.groups * grouping.group * octets, tile.threads, COUNTS)
         if loads is None or stores is None:
             return rejected("a row takes too many copies of each thread")
+        maps: tuple[TensorMap, ...] = ()
+        if tile.boxes:
+            x_box = (tile.x_channels, one.width, grouping.slots, tile.rows)
+            found = forward_maps(problem, device, tile.turned, x_box, (tile.x_channels, grouping.group, 1, 1))
+            if found is None:
+                return rejected("boxes are of aligned pixels and at most 64 channels (sm_90)")
+            maps = found[:1]  # y is stored by all threads
         constants = problem_constants(problem) | {
             "WARPS": tile.warps,
             "MIN_BLOCKS": one.blocks,
@@ -139,6 +173,8 @@ class SparseNhwc(Variant):
             "STORES": stores,
             "TURNED": int(tile.turned),
             "WHOLE": int(tile.whole),
+            "BOXES": int(tile.boxes),
+            "X_CHANNELS": tile.x_channels,
             "OUT_ROWS": problem.out_size[0] if tile.whole else 0,
             "COLUMNS": problem.size[1] if tile.whole else 0,
         }
@@ -181,6 +217,7 @@ class SparseNhwc(Variant):
                 f"{one.part_rows} rows a block"
             ),
             predicted_seconds=seconds(problem, device, tile, one),
+            maps=maps,
         )
 
 
@@ -188,21 +225,47 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     """Predicted time: DRAM, whose lines narrow chunks of channels share, and the steps of a block: for each row that a
     warp takes, what it loads, multiplies and finishes.
 
-    Fitted to 480 measured tiles of 37 problems (H200, 2026-11): root mean square error 19 %.
+    Fitted to 480 measured tiles of 37 problems, and to 190 of boxes of 26 (H200, 2026-11): root mean square error 19 %
+    and 13 %.
     """
-    grouping, strided = one.grouping, max(problem.stride) > 1
+    filled, strided = problem.channels / (one.chunks * tile.channels), max(problem.stride) > 1
+    copy = roofline(problem, device).copy - LAUNCH_SECONDS
+    if tile.boxes:
+        lines = 1.02 if tile.channels == 64 else 0.91 if tile.channels > 32 else 0.88
+        lines *= 0.93 if 2 * problem.channels % 32 else 1  # neighbouring pixels share sectors
+        dram = copy / (lines * filled**0.43)
+        march = march_seconds(problem, device, tile, one, step=132, row=0, load=2.7, pair=0, product=0.87)
+        start = 6.4e-6 if tile.whole else 7.8e-6
+    else:
+        lines = 0.98 if tile.channels % 64 == 0 else 0.86 if tile.channels % 32 == 0 else 0.78
+        lines *= filled**0.2 if not strided else 1.2 if filled == 1 else 0.7
+        dram = copy / lines * (1 + 0.2 * read_again(problem, one.part_rows))
+        march = march_seconds(problem, device, tile, one, step=150, row=8, load=5, pair=4.1, product=0.2)
+        start = 5.9e-6 if tile.whole else 6.8e-6
+    return start + math.pow(dram**1.4 + march**1.4, 1 / 1.4)
+
+
+def march_seconds(
+    problem: DepthwiseProblem,
+    device: DeviceSpec,
+    tile: Tile,
+    one: Cut,
+    *,
+    step: float,
+    row: float,
+    load: float,
+    pair: float,
+    product: float,
+) -> float:
+    """Of all steps of a block, from clocks of a step, of a row, and of what a warp does for a row: of a load, of a pair
+    of channels, of a product.
+    """
+    grouping = one.grouping
     waves = divided(one.chunks * grouping.strips * one.parts, device.multiprocessors * one.blocks)
     loads = divided(min(window_columns(problem, grouping.group), 16 * grouping.steps), 4)
     products = problem.filter[0] * grouping.steps / problem.stride[0]
-    row = 8 + one.blocks * tile.warps * tile.tiles * (5 * loads + tile.pairs * (4.1 + 0.2 * products))
-    march = (
-        waves * steps_of(problem, tile, one.part_rows, one.rows) * (150 / one.blocks + tile.rows * row) / device.clock
-    )
-    if 1 < problem.out_size[0] <= 8 and not tile.whole:
-        march *= 1.3  # what comes before and after an image weighs more
-    filled = problem.channels / (one.chunks * tile.channels)
-    lines = 0.98 if tile.channels % 64 == 0 else 0.86 if tile.channels % 32 == 0 else 0.78
-    lines *= filled**0.2 if not strided else 1.2 if filled == 1 else 0.7
-    again = read_again(problem, one.part_rows)
-    dram = (roofline(problem, device).copy - LAUNCH_SECONDS) / lines * (1 + 0.2 * again)
-    return (5.9e-6 if tile.whole else 6.8e-6) + math.pow(dram**1.4 + march**1.4, 1 / 1.4)
+    clocks = row + one.blocks * tile.warps * tile.tiles * (load * loads + tile.pairs * (pair + product * products))
+    steps = waves * steps_of(problem, tile, one.part_rows, one.rows)
+    seconds = steps * (step / one.blocks + tile.rows * clocks) / device.clock
+    # Of low images, what comes before and after one weighs more.
+    return seconds * (1.3 if 1 < problem.out_size[0] <= 8 and not tile.whole else 1)

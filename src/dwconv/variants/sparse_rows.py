@@ -12,6 +12,8 @@ from .strips import divided, up, window_columns
 
 MOST_STEPS = 256  # of a block, with those behind the last one that are never made
 MOST_PRODUCTS = 4  # of a filter row
+MOST_ROWS = 8  # of a step
+GATE_BYTES = 64  # of boxes' stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Tile:
         rows: input rows of a step; a multiple of the stride.
         turned: the march goes from left to right, and a matrix is of a column of the filter.
         whole: a step takes images as a whole: their rows are `rows`, and no sums move.
+        boxes: the copy engine brings the rows of a step (sm_90 and newer).
     """
 
     warps: int = 8
@@ -35,6 +38,7 @@ class Tile:
     rows: int = 1
     turned: bool = False
     whole: bool = False
+    boxes: bool = False
 
     @property
     def threads(self) -> int:
@@ -44,11 +48,16 @@ class Tile:
     def channels(self) -> int:
         return 2 * self.pairs * self.warps
 
+    @property
+    def x_channels(self) -> int:
+        """That a pixel of x has in shared memory: boxes bring 16, 32 or 64, whose banks the copy engine spreads."""
+        return max(16, 1 << (self.channels - 1).bit_length()) if self.boxes else self.channels
+
     def __str__(self) -> str:
         return (
             f"{self.channels} channels, {self.warps} warps, {8 * self.tiles} groups, "
             f"{self.stages} stages of {self.rows} {'columns' if self.turned else 'rows'}"
-            f"{', whole images' if self.whole else ''}"
+            f"{', whole images' if self.whole else ''}{', boxes' if self.boxes else ''}"
         )
 
 
@@ -142,13 +151,14 @@ def groupings(problem: DepthwiseProblem, tile: Tile) -> Iterator[Grouping]:
 
 
 def grouping_of(problem: DepthwiseProblem, tile: Tile) -> Grouping | None:
-    """The one with the fewest products for an image."""
+    """The one with the fewest products for an image. The copy engine doesn't fold banks."""
 
     def cost(one: Grouping) -> tuple[float, bool, int]:
         products = one.strips * one.steps / one.slots
         return products, one.folded, one.group
 
-    return min(groupings(problem, tile), key=cost, default=None)
+    found = (one for one in groupings(problem, tile) if not (tile.boxes and one.folded))
+    return min(found, key=cost, default=None)
 
 
 def most_registers(tile: Tile, blocks: int = 1) -> int:
@@ -197,7 +207,9 @@ def width_of(problem: DepthwiseProblem, tile: Tile, one: Grouping) -> int:
             found += max(map(banks.count, banks))
         return found
 
-    return with_fewest_conflicts(range(least, least + 8), conflicts, least=4)
+    # Boxes are swizzled by address: a row must begin where its first pixel's number is a multiple of eight.
+    widths = [width for width in range(least, least + 8) if not tile.boxes or one.slots * width % 8 == 0]
+    return with_fewest_conflicts(widths, conflicts, least=4)
 
 
 def pitch_of(between: int) -> int:
@@ -222,8 +234,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Grouping
     results = 2 * completed * 8 * tile.tiles * pitch * tile.channels
     words = 2 * tile.pairs * problem.filter[0]  # `dwconv::SparseBand::kEntry`, `kWords`
     filters = up((window_columns(problem, 1) + 2) * (words + (2 if words % 4 == 0 else 0)), 4)
-    table = up(max(2 * results, 4 * tile.warps * filters), 32)
-    row_bytes = 2 * one.slots * width * tile.channels
+    table = up(max(2 * results, 4 * tile.warps * filters), 32) + GATE_BYTES * tile.boxes
+    row_bytes = 2 * one.slots * width * tile.x_channels
     stages = tile.stages * tile.rows * row_bytes
     shared_bytes = stages + table + 32 * MOST_STEPS
     taken, together = registers(problem, tile, one.steps, device.sm), 1
