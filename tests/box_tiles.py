@@ -31,6 +31,13 @@ NHWC = [
     (wide(2, 32, (7, 8), 3, padding=1, x_strides=(9 * 9 * 48, 1, 9 * 48, 48)), box(False, (3, 3), 4)),
     (wide(2, 40, (5, 7, 9), 3, padding=1, bias=True), box(False, (3, 3), 4, depth_taps=3)),
     (wide(2, 32, (6, 9, 8), (4, 5, 5), stride=(2, 1, 1), padding=(1, 2, 2)), box(False, (5, 5), 4, depth_taps=2)),
+    # stages of several steps
+    (wide(3, 40, (9, 7), 7, padding=3, bias=True), box(False, (7, 7), 7, warps=3, stages=2, stage_steps=2)),
+    (wide(2, 64, (15, 23), 5, stride=2, padding=2, dtype="float16"), box(False, (5, 5), 6, vector=2, stage_steps=3)),
+    (wide(5, 32, (4, 20), 3, padding=1, multiplier=2), box(False, (3, 3), 8, stages=3, stage_steps=2)),
+    (wide(1, 36, (20, 9), (3, 8), padding=(0, 3)), box(True, (8, 3), 6, stages=3, stage_steps=2)),
+    (wide(2, 32, (5, 7, 9), 3, padding=1, bias=True), box(False, (3, 3), 4, depth_taps=3, stages=2, stage_steps=2)),
+    (wide(1, 32, (12, 28), (9, 13), padding=(4, 6), bias=True), box(False, (5, 13), 8, stages=2, stage_steps=2)),
 ]
 
 # Of taps_sparse_nhwc.

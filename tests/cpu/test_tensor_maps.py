@@ -23,7 +23,9 @@ def test_the_maps_of_a_problem():
     x, g = gradient_maps(GIVEN, H200, False, (32, 9), (32, 4))
     assert (x.operand, x.sizes, x.strides, x.box) == (0, (48, 20, 9, 2), (192, 3840, 34560), (32, 9, 1, 1))
     assert (g.operand, g.sizes, g.strides, g.box) == (1, (48, 10, 9, 2), (192, 1920, 17280), (32, 4, 1, 1))
-    assert gradient_maps(GIVEN, H200, True, (32, 9), (32, 4))[0].box == (32, 1, 9, 1)
+    x, g = gradient_maps(GIVEN, H200, True, (32, 9), (32, 4), rows=(2, 3))
+    assert (x.sizes, x.strides, x.box) == ((48, 9, 20, 2), (3840, 192, 34560), (32, 9, 2, 1))
+    assert (g.sizes, g.strides, g.box) == ((48, 9, 10, 2), (1920, 192, 17280), (32, 4, 3, 1))
     assert gradient_maps(GIVEN, H200, False, (32, 9), (32, 4), swizzled=True)[0].swizzle == 128
 
 

@@ -65,13 +65,20 @@ __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Elem
             copies.wait_until_full();
             copies.copy(next_stage, tensors, sizes);
             const unsigned char* const shared = shared_memory<unsigned char>() + stage;
-            const auto* const g_at = reinterpret_cast<const Element*>(shared + g_own);
-            const auto* const x_at = reinterpret_cast<const Element*>(shared + x_own);
-            if constexpr (W::kFlat)
+            const auto* g_at = reinterpret_cast<const Element*>(shared + g_own);
+            const auto* x_at = reinterpret_cast<const Element*>(shared + x_own);
+            if constexpr (W::kFlat) {
                 taps.steps(g_at, x_at);
-            else
-                step_in_phase<W::kLive>(phase, taps, g_at, x_at, step, segment, place);
-            phase = phase + 1 == W::kLive ? 0 : phase + 1;
+            } else {
+                const int end = C::kStageSteps == 1 ? step + 1 : smaller(step + C::kStageSteps, segment.last);
+#pragma unroll 1
+                for (int number = step; number < end; ++number) {
+                    step_in_phase<W::kLive>(phase, taps, g_at, x_at, number, segment, place);
+                    phase = phase + 1 == W::kLive ? 0 : phase + 1;
+                    g_at += C::kColumns * W::kPitch;
+                    x_at += W::kRows * W::kKept * W::kXPitch;
+                }
+            }
             next_stage = stage;
             stage = stage + kStageBytes == C::kStages * kStageBytes ? 0 : stage + kStageBytes;
         }

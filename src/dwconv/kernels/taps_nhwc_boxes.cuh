@@ -5,15 +5,19 @@
 
 namespace dwconv {
 
-// What a warp's first lane sends: of each step a row of g, and those of x that it brings.
+// What a warp's first lane sends: the rows of g of a stage, and those of x that its steps bring. Where these are
+// neighbours, they are one box, with zeros for those that don't exist.
 template <class C>
 struct TapsBoxes {
     using W = TapsNhwc<C>;
     using Element = typename C::Element;
     static_assert(W::kTiles == 1 && !W::kFlat && W::kApartB == 1, "a warp's row must be one box");
-    static constexpr unsigned kGBytes = C::kColumns * W::kPitch * sizeof(Element);
-    static constexpr unsigned kXBytes = W::kKept * W::kXPitch * sizeof(Element);
+    static constexpr bool kNeighbours = W::kApartA == 1 && W::kReach == W::kRows;
+    static constexpr int kBoxRows = kNeighbours ? W::kStageRows : 1, kBoxes = W::kStageRows / kBoxRows;
+    static constexpr unsigned kGBytes = W::kGColumns * W::kPitch * sizeof(Element);
+    static constexpr unsigned kXBytes = kBoxRows * W::kKept * W::kXPitch * sizeof(Element);
     static_assert(kGBytes % 128 == 0 && kXBytes % 128 == 0, "boxes begin at multiples of 128 bytes");
+    static_assert(C::kStageSteps == 1 || kNeighbours, "rows of several steps must be neighbours");
 
     const TapsPlace<C>& place;
     const LinesTiling& tiling;
@@ -49,10 +53,9 @@ struct TapsBoxes {
         }
     }
 
-    __device__ __forceinline__ void send(Element* to, const TensorMap& map, int of_channels, int column, int row,
-                                         int plane) const {
-        const int b = W::kTurned ? row : column, c = W::kTurned ? column : row;
-        send_box<C::kEvictFirst>(boxes.gate(), to, map, of_channels, b, c, plane);
+    // Whether the k-th box of a step's rows of x is sent.
+    __device__ __forceinline__ bool has_box(int row, int k) const {
+        return kNeighbours || place.has_row(row + k * W::kApartA);
     }
 
     // Starts the copies of the next stage, `stage` bytes behind the first.
@@ -60,27 +63,31 @@ struct TapsBoxes {
         if (step < segment.last) {
             const int row = segment.base + step * W::kReach;
             if (is_elected()) {
+                const unsigned gate = boxes.gate();
                 Element* const to = stages + stage / sizeof(Element);
-                int rows = 0;
+                int count = 0;
 #pragma unroll
-                for (int e = 0; e < W::kRows; ++e) rows += place.has_row(row + e * W::kApartA);
+                for (int k = 0; k < kBoxes; ++k) count += has_box(row, k);
                 if constexpr (C::kVolume)
-                    rows *= __popc(segment.planes & static_cast<unsigned>((1ull << C::kTapsD) - 1));
-                expect_bytes(boxes.gate(), (step < segment.end ? kGBytes : 0) + rows * kXBytes);
+                    count *= __popc(segment.planes & static_cast<unsigned>((1ull << C::kTapsD) - 1));
+                expect_bytes(gate, (step < segment.end ? kGBytes : 0) + count * kXBytes);
                 if (step < segment.end)
-                    send(to, maps.g, channel, g_column, segment.row_class + step * W::kClassesA, g_plane);
+                    send_box<C::kEvictFirst>(gate, to, maps.g, channel, g_column,
+                                             segment.row_class + step * W::kClassesA, g_plane);
 #pragma unroll
-                for (int e = 0; e < W::kRows; ++e) {
-                    if (!place.has_row(row + e * W::kApartA)) continue;
+                for (int k = 0; k < kBoxes; ++k) {
+                    if (!has_box(row, k)) continue;
 #pragma unroll
                     for (int d = 0; d < C::kTapsD; ++d) {
                         if (C::kVolume && !(segment.planes & 1u << d)) continue;
-                        send(to + W::kGElements + (d * W::kRows + e) * W::kKept * W::kXPitch, maps.x,
-                             channel / C::kMultiplier, x_column, row + e * W::kApartA, x_plane + d * C::kDilationD);
+                        send_box<C::kEvictFirst>(
+                            gate, to + W::kGElements + (d * kBoxes + k) * kBoxRows * W::kKept * W::kXPitch, maps.x,
+                            channel / C::kMultiplier, x_column, row + k * W::kApartA, x_plane + d * C::kDilationD);
                     }
                 }
             }
-            if (++step == segment.last) begin(sizes);
+            step += C::kStageSteps;
+            if (step >= segment.last) begin(sizes);
         }
         boxes.is_sent();
     }

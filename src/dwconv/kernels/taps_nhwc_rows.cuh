@@ -10,7 +10,7 @@ template <class C>
 struct TapsNhwc : TapsLines<C, C::kChunks * C::kLanes * C::kVector, C::kTapsD, C::kVector> {
     using Element = typename C::Element;
     using Base = TapsLines<C, C::kChunks * C::kLanes * C::kVector, C::kTapsD, C::kVector>;
-    static constexpr bool kFlat = C::kStageSteps > 1;                   // a stage is several steps of one column
+    static constexpr bool kFlat = C::kStageSteps > 1 && !C::kBoxes;     // a stage is several steps of one column
     static constexpr int kRows = kFlat ? Base::kStrideA : Base::kRows;  // of x, in a step
     // Columns of x that a tile reads, and those of them that are kept: of a narrow image, only those that exist.
     static constexpr int kWindow = (C::kColumns - 1) * Base::kStrideB + C::kTapsB;
@@ -29,10 +29,11 @@ struct TapsNhwc : TapsLines<C, C::kChunks * C::kLanes * C::kVector, C::kTapsD, C
     static constexpr int kLineOutputs = C::kColumns, kLinePositions = kWindow, kLead = 0;
 
     // A stage of a warp: g [steps * kColumns][kTiles][kChannels],
-    // x [steps * kTapsD * kRows * kKept][kTiles][kChannels / M].
+    // x [kTapsD * steps * kRows * kKept][kTiles][kChannels / M].
     static constexpr int kPitch = kTiles * kChannels, kXPitch = kPitch / C::kMultiplier;
     static constexpr int kGColumns = C::kStageSteps * C::kColumns;
-    static constexpr int kXColumns = C::kStageSteps * C::kTapsD * kRows * kKept;
+    static constexpr int kStageRows = C::kStageSteps * kRows;  // of x, of each plane
+    static constexpr int kXColumns = C::kTapsD * kStageRows * kKept;
     static constexpr int kAlign = (C::kBoxes ? 128 : 16) / static_cast<int>(sizeof(Element));
     static constexpr int kGElements = ceil_div(kGColumns * kPitch, kAlign) * kAlign;
     static constexpr int kStage = kGElements + ceil_div(kXColumns * kXPitch, kAlign) * kAlign;
@@ -58,7 +59,7 @@ struct TapsNhwc : TapsLines<C, C::kChunks * C::kLanes * C::kVector, C::kTapsD, C
     static_assert(C::kWarps % C::kChunks == 0, "kChunks must divide kWarps: each chunk has as many warps");
     static_assert(!kFlat || (C::kColumns == 1 && C::kTapsB == 1), "stages of several steps are of one column");
     static_assert(!kFlat || C::kStageSteps % Base::kLive == 0, "rows of g must be where they were after each stage");
-    static_assert(C::kTapsD == 1 || !kFlat, "stages of several steps are of one plane of x");
+    static_assert(C::kTapsD == 1 || !kFlat, "stages of several steps of one column are of one plane of x");
     static_assert(C::kWidth == 0 || (Base::kTapTilesB == 1 && Base::kApartB == 1), "kWidth is of whole filter rows");
     static_assert(kGCopies <= 32 && kXCopies <= 32, "which pieces of a row exist must fit in 32 bits");
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one is read while another one arrives");

@@ -108,7 +108,8 @@ struct TapsSums {
                 for (int column = 0; column < W::kWindow; ++column)
                     if (W::has_column(column))
                         read_channels<C, C::kVector>(
-                            x_at + ((d * W::kRows + e) * W::kKept + column - W::kSkipped) * W::kXPitch, window[column]);
+                            x_at + ((d * W::kStageRows + e) * W::kKept + column - W::kSkipped) * W::kXPitch,
+                            window[column]);
 #pragma unroll
                 for (int back = 0; back < W::kLive; ++back) {
                     const int tap = e + back * W::kStrideA;

@@ -56,12 +56,6 @@ struct SparseBoxes {
             segment.last = step = 0;  // nothing more to send
     }
 
-    __device__ __forceinline__ void send_row(unsigned gate, unsigned char* to, const TensorMap& map, int channel,
-                                             int column, int row, int plane) const {
-        const int b = W::kTurned ? row : column, c = W::kTurned ? column : row;
-        send_box<C::kEvictFirst>(gate, to, map, channel, b, c, plane);
-    }
-
     // Sends the next step to a stage, if it is this warp's turn.
     __device__ __forceinline__ void send(unsigned char* stage, unsigned gate, const Sizes& sizes) {
         if (step >= segment.last) return;
@@ -82,8 +76,8 @@ struct SparseBoxes {
             const OutputLine<W> at(segment.super_line * W::kLines + line, tiling);
             int plane = static_cast<int>(at.image);
             if (has_g)
-                send_row(gate, stage + W::kGAt + W::g_line_at(line), maps.g, channel, at.first,
-                         segment.row_class + step * W::kClassesA, plane);
+                send_box<C::kEvictFirst>(gate, stage + W::kGAt + W::g_line_at(line), maps.g, channel, at.first,
+                                         segment.row_class + step * W::kClassesA, plane);
             if constexpr (C::kVolume) {  // a plane that doesn't exist is outside of the tensor
                 const MetPlanes met = MetPlanes::find<C>(at.image, tiling.depths, sizes, place.depth_tap);
                 plane = met.exists ? static_cast<int>(met.image * sizes.in_d) + met.x_depth : -1;
@@ -91,8 +85,9 @@ struct SparseBoxes {
 #pragma unroll
             for (int e = 0; e < W::kRows; ++e)
                 if (place.has_row(row + e * W::kApartA))
-                    send_row(gate, stage + e * W::kXRowBytes + W::x_line_at(line), maps.x, channel / C::kMultiplier,
-                             at.x_column(place.tap_b), row + e * W::kApartA, plane);
+                    send_box<C::kEvictFirst>(gate, stage + e * W::kXRowBytes + W::x_line_at(line), maps.x,
+                                             channel / C::kMultiplier, at.x_column(place.tap_b), row + e * W::kApartA,
+                                             plane);
         }
     }
 };

@@ -24,14 +24,17 @@ def gradient_maps(
     x_box: tuple[int, int],
     g_box: tuple[int, int],
     swizzled: bool = False,
+    rows: tuple[int, int] = (1, 1),
 ) -> Maps | None:
-    """x and y's gradient with boxes of so many channels and positions across the march, (channels, positions) of each.
+    """x and y's gradient as channels, positions across the march, rows along it and planes; with boxes of so many
+    channels and positions.
 
     None where the copy engine can't copy them: classes of columns, tensors that aren't aligned to 16 bytes, boxes that
     are no multiples of 128.
 
     problem: of its own dimensions.
     swizzled: see `TensorMap`; rows of boxes must have 32, 64 or 128 bytes.
+    rows: of a box of x, and of g.
     """
     planes, size = planar(problem), problem.element_bytes
     _, across = axes(planes, turned)
@@ -46,20 +49,24 @@ def gradient_maps(
     depth = problem.size[0] if problem.dims == 3 else 1
     g_row = out_width * problem.out_channels
 
-    def tensor_map(operand: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int]) -> TensorMap:
-        channels, positions = box
-        a, b, c, d = sizes
-        first, second, third = (stride * size for stride in strides)
-        shape = (channels, 1, positions, 1) if turned else (channels, positions, 1, 1)
-        return TensorMap(operand, (a, b, c, d), (first, second, third), shape, size, channels * size * swizzled)
+    def tensor_map(
+        operand: int, sizes: tuple[int, int, int, int], strides: tuple[int, ...], box: tuple[int, int], rows: int
+    ) -> TensorMap:
+        channels, b, c, images = sizes
+        column, row, image = (stride * size for stride in strides)
+        across_first, steps = (
+            ((channels, c, b, images), (row, column, image)) if turned else (sizes, (column, row, image))
+        )
+        return TensorMap(operand, across_first, steps, (*box, rows, 1), size, box[0] * size * swizzled)
 
     found = (
-        tensor_map(0, (problem.channels, width, height, problem.batch * depth), (column, row, image), x_box),
+        tensor_map(0, (problem.channels, width, height, problem.batch * depth), (column, row, image), x_box, rows[0]),
         tensor_map(
             1,
             (problem.out_channels, out_width, out_height, planes.batch),
             (problem.out_channels, g_row, out_height * g_row),
             g_box,
+            rows[1],
         ),
     )
     within = column >= problem.channels and row >= width * column and image >= height * row

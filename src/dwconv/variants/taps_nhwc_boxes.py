@@ -8,13 +8,14 @@ from itertools import product
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .boxes import Maps, gradient_maps
+from .march import axes
 from .streams import LINE, MOST_SIZES
 from .strips import planar, up
 from .taps_nhwc_tiles import Tile, cut, lane_registers
 
 # Warps of a block, and blocks of a multiprocessor, that are worth a prediction where rows come as boxes.
 BOX_WARPS = ((8, 1), (10, 1), (12, 1), (14, 1), (16, 1), (6, 2), (8, 2))
-BOX_STAGES = (2, 3, 4)
+BOX_STAGES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))  # stages, and steps of each
 FEW_LINES = 2  # of L2, of a pixel
 
 
@@ -23,15 +24,18 @@ def tensor_maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ma
 
     problem: of its own dimensions.
     """
-    one = cut(planar(problem), device, replace(tile, boxes=True))
-    if tile.lanes < 32 or tile.stage_steps > 1 or one is None:
+    tile, planes = replace(tile, boxes=True), planar(problem)
+    one, (along, _) = cut(planes, device, tile), axes(planes, tile.turned)
+    neighbours = along.apart == 1 and along.stride == one.rows if one else False
+    if tile.lanes < 32 or one is None or (tile.stage_steps > 1 and not neighbours):
         return None
     pixel = problem.out_channels * problem.element_bytes
     if tile.vector == 1 and pixel <= FEW_LINES * LINE and problem.least_bytes > MOST_SIZES * device.l2_bytes:
         return None  # lanes' copies were faster: 485 µs, not 499, of 3×3 on 512² in float32 (H200, 2026-11)
     channels = tile.lanes * tile.vector
     x_box, g_box = (channels // problem.multiplier, one.kept), (channels, tile.columns)
-    return gradient_maps(problem, device, tile.turned, x_box, g_box)
+    rows = (tile.stage_steps * one.rows if neighbours else 1, tile.stage_steps)
+    return gradient_maps(problem, device, tile.turned, x_box, g_box, rows=rows)
 
 
 def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Tile]:
@@ -39,7 +43,7 @@ def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Til
 
     problem: of its own dimensions.
     """
-    if tensor_maps(problem, device, tile) is None:
+    if tile.stage_steps > 1 or tensor_maps(problem, device, tile) is None:
         return [tile]
     registers = lane_registers(planar(problem), tile.turned, tile.taps, tile.columns, tile.vector, tile.depth_taps)
     needed = registers + (36 if tile.vector == 1 else 26)  # what ptxas needs beside them (sm_90, NVRTC 13.0)
@@ -48,7 +52,8 @@ def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Til
         for warps, blocks in BOX_WARPS
         if warps % tile.chunks == 0 and needed <= device.registers // (32 * up(warps, 4) * blocks) // 8 * 8
     ]
-    return [
-        replace(tile, boxes=True, warps=warps, min_blocks=blocks, stages=stages)
-        for (warps, blocks), stages in product(warps_of or [(tile.warps, tile.min_blocks)], BOX_STAGES)
+    tiles = [
+        replace(tile, boxes=True, warps=warps, min_blocks=blocks, stages=stages, stage_steps=steps)
+        for (warps, blocks), (stages, steps) in product(warps_of or [(tile.warps, tile.min_blocks)], BOX_STAGES)
     ]
+    return [each for each in tiles if each.stage_steps == 1 or tensor_maps(problem, device, each) is not None]

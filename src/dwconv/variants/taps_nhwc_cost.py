@@ -71,7 +71,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
         products = sum(0 <= c - t * across.stride < tile.taps[1] for c in columns for t in range(tile.columns))
     pieces = piece_bytes(problem, tile) or (4, 4)
     word = tile.vector * problem.element_bytes
-    flat = tile.stage_steps > 1
+    flat = tile.flat
     g_columns, x_columns = (tile.stage_steps, tile.stage_steps * one.rows) if flat else (tile.columns, one.kept)
     copies = divided(g_columns, pieces[0] // word)
     x_rows = 1 if flat else tile.depth_taps * one.rows

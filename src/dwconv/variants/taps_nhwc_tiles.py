@@ -30,7 +30,7 @@ class Tile:
         warps: of a block; a chunk of channels has warps // chunks of them.
         chunks: of channels of a block, lanes * vector each.
         stages: of shared memory of a warp; all but one are being filled.
-        stage_steps: rows of g of a stage; more than one where an image is one column.
+        stage_steps: rows of g of a stage; more than one where an image is one column, or rows come as boxes.
         min_blocks: blocks that a multiprocessor shall hold, which limits a thread's registers.
         cached: copies go through L1.
         depth_taps: of a lane, of the depth: neighbouring ones, all of whose planes of x meet each row of g.
@@ -52,6 +52,11 @@ class Tile:
     depth_taps: int = 1
     waves: int = 1
     boxes: bool = False
+
+    @property
+    def flat(self) -> bool:
+        """Whether an image is one column, and a stage several steps without a branch."""
+        return self.stage_steps > 1 and not self.boxes
 
     def __str__(self) -> str:
         taps = "×".join(map(str, ((self.depth_taps,) if self.depth_taps > 1 else ()) + self.taps))
@@ -111,7 +116,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     """
     along, across = axes(problem, tile.turned)
     size, warp_tiles, channels = problem.element_bytes, 32 // tile.lanes, tile.lanes * tile.vector
-    flat = tile.stage_steps > 1
+    flat = tile.flat
     tap_tiles = divided(along.filter, tile.taps[0]) * divided(across.filter, tile.taps[1])
     tap_tiles *= divided(depth_taps, tile.depth_taps)
     live = divided(tile.taps[0], along.stride)
