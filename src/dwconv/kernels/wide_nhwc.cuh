@@ -168,7 +168,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
                 if constexpr (C::kMarch) {
                     Sum window[(C::kColumns - 1) * C::kStrideW + (C::kFilterW - 1) * C::kDilationW + 1][C::kVector];
                     read_window<C, C::kFilterW>(at, window);
-                    const int phase = C::kStrideH == 1 ? 0 : (row + C::kPadTop) % C::kStrideH;
+                    const int phase = static_cast<int>(static_cast<unsigned>(row + C::kPadTop) % C::kStrideH);
                     march_phases<C, 0>(phase, window, taps, bias, sums);
                     store_if_done(row, phase);
                 } else {
@@ -186,14 +186,13 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
             }
         }
         if constexpr (C::kMarch) {
-            // Through the padding below the image, until the last sums are out.
-            const int last = (unit.out_end - 1) * C::kStrideH - C::kPadTop + C::kFilterH - 1;
-#pragma unroll 1
-            for (; row <= last; ++row) {
-                const int phase = C::kStrideH == 1 ? 0 : (row + C::kPadTop) % C::kStrideH;
-                if (phase == 0) move_up<C>(sums);
-                store_if_done(row, phase);
-            }
+            // Rows below the image add nothing more: sums[k] belongs to output row newest - k.
+            const int complete = row - 1 + C::kPadTop - (C::kFilterH - 1),
+                      newest = (row - 1 + C::kPadTop) / C::kStrideH;
+            const int next = complete < 0 ? unit.out_first : larger(unit.out_first, complete / C::kStrideH + 1);
+#pragma unroll
+            for (int k = kSums - 1; k >= 0; --k)
+                if (newest - k >= next && newest - k < unit.out_end) out.store(sums[k]);
         }
         if constexpr (!C::kMarch) {
             // Row by row through the same code; an unrolled one would hold the epilogue kRows times.
