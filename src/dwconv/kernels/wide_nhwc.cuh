@@ -7,8 +7,11 @@
 //   kMarch: the filter is in registers. Each input row is added to all output rows that read it, and the sums move on
 //     by one output row as they are added to. Otherwise: sums of kRows output rows stay where they are, and the filter
 //     is read from shared memory, kTaps taps of a row at a time, each of them for kColumns products.
-//   shared memory: x [kStages][kStageRows][slots][columns][channels] as in memory, the filter ([KH][KW/4][kChannels][4]
-//     as Sum, for the march [kChannels][KH*KW] as in memory), and outputs of each warp [kColumns][32] on their way out
+//   kBoxes: rows of x come as boxes of a tensor; kOutBoxes: rows of y leave as such, too.
+//   shared memory: gates of stages, x [kStages][kStageRows][slots][columns][channels] as in memory, outputs of each
+//   warp
+//     on their way out, [kColumns][32] or as a box of y is, and the filter ([KH][KW/4][kChannels][4] as Sum, for the
+//     march [kChannels][KH*KW] as in memory)
 //   grid.x = chunks of kChannels channels * strips of columns * parts of all output rows, chunk fastest
 //   least DRAM traffic: x + w + y, once each; halos between units come from L2
 #pragma once
@@ -63,7 +66,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
     const unsigned slot_elements = tiling.columns * W::kStaged;
     const unsigned row_elements = (tiling.slots * slot_elements + kAlign - 1) / kAlign * kAlign;
     const unsigned stage_bytes = W::stage_bytes(row_elements * sizeof(Element));
-    unsigned char* const memory = shared_memory<unsigned char>();
+    unsigned char* const memory = shared_memory<unsigned char>() + W::kGateBytes;
     Element* const outputs = reinterpret_cast<Element*>(memory + C::kStages * stage_bytes);
     Element* const filter_bits = outputs + (blockDim.x + 31) / 32 * W::kWarpOut;
     Sum* const filter = reinterpret_cast<Sum*>(filter_bits);
@@ -78,8 +81,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
         min(static_cast<unsigned>(sizes.out_channels) - first_channel, static_cast<unsigned>(C::kChannels)) * W::kTaps;
     auto copies = [&] {
         if constexpr (C::kBoxes > 0)
-            return WideNhwcBoxes<C>(maps.x..., position, end_position, place, tile_column, row_elements,
-                                    reinterpret_cast<unsigned char*>(filter_bits) + W::kFilterBytes);
+            return WideNhwcBoxes<C>(maps.x..., position, end_position, place, tile_column, row_elements);
         else
             return WideNhwcPieces<C>(sizes, tiling, position, end_position, place, tile_column, slot_elements,
                                      row_elements);
@@ -104,7 +106,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
         bias[e] = C::kHasBias && has_channel ? static_cast<Sum>(load_one(tensors.b + channel + e)) : Sum(0);
         values[e] = channel_values<C>(tensors, has_channel ? channel + e : 0);
     }
-    Sum taps[C::kMarch ? W::kTaps : 1][kVector];
+    float taps[C::kMarch ? W::kTaps : 1][kVector];
     if constexpr (C::kMarch) wait_for_copies<(C::kBoxes > 0 ? 0 : C::kStages - 2)>();
     if constexpr (C::kMarch || C::kBoxes > 0) __syncthreads();  // the filter is there for all
     if constexpr (C::kMarch) {
@@ -112,7 +114,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
         for (int k = 0; k < W::kTaps; ++k)
 #pragma unroll
             for (unsigned e = 0; e < kVector; ++e)
-                taps[k][e] = static_cast<Sum>(filter_bits[(lane * kVector + e) * W::kTaps + tap_at<C>(k)]);
+                taps[k][e] = held(static_cast<float>(filter_bits[(lane * kVector + e) * W::kTaps + tap_at<C>(k)]));
     }
 
     // Where the thread reads the columns of its outputs: in a stage, and in the image.

@@ -25,9 +25,11 @@ struct WideNhwcBoxes {
     const unsigned warp = warp_number();
 
     __device__ __forceinline__ WideNhwcBoxes(const TensorMap& map, unsigned first_position, unsigned last_position,
-                                             const WideNhwcPlace<C>& place, int first_column, unsigned row_elements,
-                                             void* gates_at)
-        : gates(gates_at, blockDim.x), position(first_position), end_position(last_position), column(first_column) {
+                                             const WideNhwcPlace<C>& place, int first_column, unsigned row_elements)
+        : gates(shared_memory<unsigned char>(), blockDim.x),
+          position(first_position),
+          end_position(last_position),
+          column(first_column) {
         if (threadIdx.x == 0) prefetch_map(map);
         channel = static_cast<int>(place.first_channel / C::kMultiplier);
         row_bytes = row_elements * static_cast<unsigned>(sizeof(Element));
@@ -51,7 +53,8 @@ struct WideNhwcBoxes {
         if (warp == 0) {
             if constexpr (!Empty) gates.wait_until_empty(stage, stage > reading);
             if (is_elected()) {
-                unsigned char* const to = shared_memory<unsigned char>() + stage * W::stage_bytes(row_bytes);
+                unsigned char* const to =
+                    shared_memory<unsigned char>() + W::kGateBytes + stage * W::stage_bytes(row_bytes);
                 expect_bytes(gates.gate(stage), C::kStageRows * row_bytes);
 #pragma unroll
                 for (int k = 0; k < C::kBoxes; ++k)

@@ -46,6 +46,9 @@ struct WideNhwc {
         C::kMarch ? ceil_div(C::kChannels * kTaps * static_cast<int>(sizeof(Element)), 16) * 16
                   : C::kFilterH * kFilterRow * C::kChannels * static_cast<int>(sizeof(Sum));
 
+    static constexpr int kGateBytes = C::kBoxes > 0 ? 128 : 0;  // before the stages
+
+    static_assert(16 * C::kStages <= kGateBytes || C::kBoxes == 0, "gates of kStages stages must fit in kGateBytes");
     static_assert(kWhole || kLoad == 1, "kLoadBytes must be one element: the block's channels of x start anywhere");
     static_assert(C::kChannels % kLoad == 0, "kChannels must be whole vectors");
     static_assert(C::kChannels % C::kVector == 0, "kVector must divide kChannels: a thread owns whole vectors");
@@ -61,7 +64,8 @@ struct WideNhwc {
 
     // From one stage to the next one; boxes begin at multiples of 128 bytes.
     __device__ __forceinline__ static unsigned stage_bytes(unsigned row_bytes) {
-        return C::kBoxes > 0 ? (C::kStageRows * row_bytes + 127) / 128 * 128 : C::kStageRows * row_bytes;
+        constexpr bool kAligned = C::kBoxes == 0 || C::kStageRows * kStaged * sizeof(Element) % 128 == 0;
+        return kAligned ? C::kStageRows * row_bytes : (C::kStageRows * row_bytes + 127) / 128 * 128;
     }
 };
 

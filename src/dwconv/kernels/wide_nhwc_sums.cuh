@@ -65,10 +65,17 @@ __device__ __forceinline__ void read_window(const typename C::Element* at, Sum (
 #pragma unroll
         for (int t = 0; t < C::kColumns; ++t) needed |= is_tap(k - t * C::kStrideW, C::kDilationW, Taps);
         if (!needed || !may_exist<C>(k)) continue;
-        const auto pixel =
-            *reinterpret_cast<const Vector<typename C::Element, C::kVector>*>(at + k * WideNhwc<C>::kStaged);
+        const typename C::Element* const pixel = at + k * WideNhwc<C>::kStaged;
+        if constexpr (sizeof(typename C::Element) == 2 && C::kVector > 1) {
+            const auto pairs = *reinterpret_cast<const Vector<unsigned, C::kVector / 2>*>(pixel);
 #pragma unroll
-        for (int e = 0; e < C::kVector; ++e) window[k][e] = static_cast<Sum>(pixel.element[e]);
+            for (int e = 0; e < C::kVector; e += 2)
+                read_pair<typename C::Element>(pairs.element[e / 2], window[k][e], window[k][e + 1]);
+        } else {
+            const auto elements = *reinterpret_cast<const Vector<typename C::Element, C::kVector>*>(pixel);
+#pragma unroll
+            for (int e = 0; e < C::kVector; ++e) window[k][e] = static_cast<Sum>(elements.element[e]);
+        }
     }
 }
 

@@ -15,6 +15,7 @@ from .strips import reached, too_long, window_columns
 from .wide_rows import (
     Cut,
     Tile,
+    boxed,
     clocks_for_all,
     cut,
     load_bytes,
@@ -24,7 +25,6 @@ from .wide_rows import (
     span,
     store_bytes,
     vector_of,
-    with_boxes,
 )
 
 MARCH_REGISTERS = 125  # filter, sums and window of a thread; ptxas needs some more, and 128 let 16 warps be resident
@@ -41,8 +41,9 @@ class WideNhwc(Variant):
     )
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        for tile in tiles(problem, device):
-            yield self.plan(problem, device, with_boxes(problem, device, tile))
+        offered = (each for tile in tiles(problem, device) for each in boxed(problem, device, tile))
+        for tile in dict.fromkeys(offered):
+            yield self.plan(problem, device, tile)
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
         """The plan of one tile, or why it is not legal."""

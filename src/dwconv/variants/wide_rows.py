@@ -11,7 +11,8 @@ from .boxes import MOST, Maps, forward_maps
 from .strips import divided, reached, up, window_columns
 
 BOX_BYTES = 128  # boxes in shared memory begin at multiples of that
-GATE_BYTES = 16  # of a stage
+GATE_BYTES = 128  # before stages that boxes fill
+MOST_BLOCKS = 8  # of a multiprocessor, that are worth it
 NARROW = 8  # images of so few columns are compiled for: at 7x7 on 7x7, 12 of 49 products are with padding
 
 
@@ -176,6 +177,31 @@ def with_boxes(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Til
     return tile
 
 
+def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Tile]:
+    """The tile with boxes, and the march also with as many blocks as its fewer registers let a multiprocessor hold.
+
+    In 16 bits with a stride, where loads and conversions are a third of all instructions, two channels a lane, too.
+    """
+    found = with_boxes(problem, device, tile)
+    if not found.boxes or not found.march:
+        return [found]
+    live = -(-problem.filter[0] // problem.stride[0])
+
+    def full(tile: Tile) -> Tile:
+        needed = tile.vector * (problem.taps + live * tile.columns + window_columns(problem, tile.columns))
+        registers = up(needed + 16 + 4 * tile.vector, 8)  # with what ptxas needs beside them (sm_90, NVRTC 13.0)
+        blocks = min(device.registers // (up(tile.threads, 128) * registers), MOST_BLOCKS)
+        return replace(tile, min_blocks=max(1, blocks))
+
+    several = [found]
+    if full(found).min_blocks > found.min_blocks:
+        several.append(full(found))
+    if problem.element_bytes == 2 and max(problem.stride) > 1 and tile.vector == 1 and vector_of(problem, 2) == 2:
+        pairs = [replace(tile, vector=2, columns=columns) for columns in (tile.columns, 4) if tile.channels % 2 == 0]
+        several += [full(each) for each in (with_boxes(problem, device, pair) for pair in pairs) if each.boxes]
+    return several
+
+
 def span(problem: DepthwiseProblem, tile: Tile, taps: int) -> int:
     """Columns from the first to the last that a lane reads for so many taps of a row."""
     return (tile.columns - 1) * problem.stride[1] + (taps - 1) * problem.dilation[1] + 1
@@ -228,7 +254,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
         row_bytes = up(slots * columns * staged * size, 16)
         stage_bytes, gates = tile.stage_rows * row_bytes, 0
         if tile.boxes:
-            stage_bytes, gates = up(stage_bytes, BOX_BYTES), GATE_BYTES * tile.stages
+            stage_bytes, gates = up(stage_bytes, BOX_BYTES), GATE_BYTES
         warp_bytes = 32 * tile.vector * tile.columns * size
         if tile.out_boxes:
             warp_bytes = up(warp_bytes, BOX_BYTES)
