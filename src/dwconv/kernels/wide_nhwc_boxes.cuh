@@ -44,23 +44,21 @@ struct WideNhwcBoxes {
         image = static_cast<int>(unit.image_group * tiling.slots);
     }
 
-    // Sends the next kStageRows rows of the unit to a stage that is empty, or was read before `reading`, which is read
-    // now. Nothing reads those behind the unit's last row.
+    // The first warp sends the next kStageRows rows of the unit to a stage that is empty, or was read before `reading`,
+    // which is read now. Nothing reads those behind the unit's last row.
     template <bool Empty>
     __device__ __forceinline__ void fill(unsigned stage, unsigned reading, const TensorMap& map, const Sizes& sizes,
                                          const WideNhwcTiling& tiling) {
-        if (row >= end) return;
-        if (warp == 0) {
-            if constexpr (!Empty) gates.wait_until_empty(stage, stage > reading);
-            if (is_elected()) {
-                unsigned char* const to =
-                    shared_memory<unsigned char>() + W::kGateBytes + stage * W::stage_bytes(row_bytes);
-                expect_bytes(gates.gate(stage), C::kStageRows * row_bytes);
+        if (warp > 0 || row >= end) return;
+        if constexpr (!Empty) gates.wait_until_empty(stage, stage > reading);
+        if (is_elected()) {
+            unsigned char* const to =
+                shared_memory<unsigned char>() + W::kGateBytes + stage * W::stage_bytes(row_bytes);
+            expect_bytes(gates.gate(stage), C::kStageRows * row_bytes);
 #pragma unroll
-                for (int k = 0; k < C::kBoxes; ++k)
-                    send_box<C::kEvictFirst>(gates.gate(stage), to + k * kBoxBytes, map, channel,
-                                             column + k * C::kBoxColumns, image, row);
-            }
+            for (int k = 0; k < C::kBoxes; ++k)
+                send_box<C::kEvictFirst>(gates.gate(stage), to + k * kBoxBytes, map, channel,
+                                         column + k * C::kBoxColumns, image, row);
         }
         row += C::kStageRows;
         if (row >= end) open(sizes, tiling);
