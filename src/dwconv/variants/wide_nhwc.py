@@ -82,7 +82,7 @@ class WideNhwc(Variant):
             "CHANNELS": tile.channels,
             "VECTOR": tile.vector,
             "BOXES": one.boxes if tile.boxes else 0,
-            "BOX_COLUMNS": one.box_columns if tile.boxes else 0,
+            "BOX_COLUMNS": one.box_columns if tile.boxes and one.boxes > 1 else 0,
             "OUT_BOXES": int(tile.out_boxes),
             "EVICT_FIRST": int(tile.evict_first),
             "CACHED": int(tile.cached),
