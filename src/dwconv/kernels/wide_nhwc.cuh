@@ -164,6 +164,10 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
                 copies.copy(next_stage, tensors, sizes, tiling);
             }
             const Element* at = reinterpret_cast<const Element*>(memory + stage * stage_bytes) + read;
+            if constexpr (C::kBoxes == 0) {
+                next_stage = stage;
+                stage = stage + 1 == C::kStages ? 0 : stage + 1;
+            }
             const int stage_end = min(row + C::kStageRows, unit.end);
 #pragma unroll 1
             do {
@@ -179,15 +183,13 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
                 }
                 at += row_elements;
             } while (++row < stage_end);
-            next_stage = stage;
             if constexpr (C::kBoxes > 0) {
                 copies.gates.is_read(stage);
+                next_stage = stage;
                 stage = copies.gates.next(stage);
-            } else {
-                stage = stage + 1 == C::kStages ? 0 : stage + 1;
             }
         }
-        if constexpr (C::kMarch) {
+        if constexpr (C::kMarch && C::kOutBoxes) {
             // Rows below the image add nothing more: sums[k] belongs to output row newest - k.
             const int complete = row - 1 + C::kPadTop - (C::kFilterH - 1),
                       newest = (row - 1 + C::kPadTop) / C::kStrideH;
@@ -195,6 +197,16 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
 #pragma unroll
             for (int k = kSums - 1; k >= 0; --k)
                 if (newest - k >= next && newest - k < unit.out_end) out.store(sums[k]);
+        } else if constexpr (C::kMarch) {
+            // Through the padding below the image, until the last sums are out. Where lanes store, the code above takes
+            // 40 registers more.
+            const int last = (unit.out_end - 1) * C::kStrideH - C::kPadTop + C::kFilterH - 1;
+#pragma unroll 1
+            for (; row <= last; ++row) {
+                const int phase = static_cast<int>(static_cast<unsigned>(row + C::kPadTop) % C::kStrideH);
+                if (phase == 0) move_up<C>(sums);
+                store_if_done(row, phase);
+            }
         }
         if constexpr (!C::kMarch) {
             // Row by row through the same code; an unrolled one would hold the epilogue kRows times.

@@ -56,6 +56,16 @@ __device__ __forceinline__ void march_phases(int phase, const Sum (*window)[C::k
     march_row<C, Phase>(window, taps, bias, sums);
 }
 
+template <class C, class Sum>
+__device__ __forceinline__ void move_up(Sum (&sums)[WideNhwc<C>::kLive][C::kColumns][C::kVector]) {
+#pragma unroll
+    for (int k = WideNhwc<C>::kLive - 1; k > 0; --k)
+#pragma unroll
+        for (int t = 0; t < C::kColumns; ++t)
+#pragma unroll
+            for (int e = 0; e < C::kVector; ++e) sums[k][t][e] = sums[k - 1][t][e];
+}
+
 // Reads the columns of the thread's channels that so many taps of a row need.
 template <class C, int Taps, class Sum>
 __device__ __forceinline__ void read_window(const typename C::Element* at, Sum (*window)[C::kVector]) {
