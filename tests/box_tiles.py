@@ -6,13 +6,16 @@ from functools import partial
 
 from dwconv.device import DeviceSpec
 from dwconv.plan import Plan
-from dwconv.variants.boxes import STACK
-from dwconv.variants.streams import BULK_COPIES
+from dwconv.problem import Epilogue
+from dwconv.variants.boxes import copies_boxes
 from dwconv.variants.taps_lines_tiles import Tile as LineTile
 from dwconv.variants.taps_nhwc import TapsNhwc
 from dwconv.variants.taps_nhwc_tiles import Tile as RowTile
 from dwconv.variants.taps_sparse_nhwc import TapsSparseNhwc
+from dwconv.variants.wide_nhwc import WideNhwc
+from dwconv.variants.wide_rows import Tile as WideTile
 from line_problems import problem
+from short_problems import problem as any_problem
 
 last = partial(problem, "channels_last")
 wide = partial(last, dtype="float32")
@@ -84,10 +87,56 @@ SPARSE = {
     ),
 }
 
+# Of wide_nhwc, whose outputs leave as boxes, too.
+forward = partial(any_problem, layout="channels_last")
+march = partial(WideTile, True, boxes=True, out_boxes=True)
+stay = partial(WideTile, False, boxes=True, out_boxes=True)
+WIDE = [
+    # chunks of channels, images and columns that don't exist; blocks that begin and end inside of images
+    (forward(3, 40, (9, 7), 7, padding=3, bias=True), march(32, 7, threads=64)),
+    (forward(2, 72, (11, 16), 5, padding=2, dtype="float16"), march(64, 4, threads=128, vector=2, part_rows=4)),
+    (forward(2, 40, (9, 30), 3, padding=1, dtype="bfloat16"), march(16, 4, threads=64, vector=2, stages=2)),
+    (forward(3, 32, (10, 8), 3, padding=1), march(8, 4, threads=32, part_rows=13)),
+    (forward(5, 24, (6, 5), 3, padding=1, dtype="float16"), march(8, 7, threads=64, part_rows=5)),
+    # strips, strides, rows that no output reads
+    (forward(1, 32, (16, 70), 5, stride=2, padding=2), march(32, 4, threads=64, stages=4, stage_rows=1, part_rows=3)),
+    (forward(1, 64, (17, 15), 7, stride=(2, 3), padding=3), march(64, 4, threads=128, stage_rows=3)),
+    (forward(2, 48, (13, 12), (3, 5), stride=(5, 1), padding=(1, 4), dtype="float16"), march(32, 7, threads=64)),
+    # filters in shared memory: several images side by side, dilation, float64
+    (forward(5, 40, (7, 7), 13, padding=6, bias=True), stay(8, 7, 7, 16, threads=64)),
+    (forward(2, 24, (20, 33), 9, padding=4, dtype="float16"), stay(8, 5, 3, 8, threads=64, stage_rows=4, part_rows=7)),
+    (forward(1, 32, (23, 25), 5, padding=6, dilation=(2, 3)), stay(32, 4, 4, 8, threads=64, stages=3)),
+    (forward(2, 16, (13, 12), 5, stride=(2, 1), padding=2, dtype="float64"), stay(16, 3, 2, 4, threads=64)),
+    # sequences, a row of which is two boxes
+    (forward(1, 40, (1, 500), (1, 31), padding=(0, 15)), stay(32, 32, 1, 32, stages=2, stage_rows=1)),
+    (forward(2, 8, (1, 600), (1, 3), padding=(0, (2, 0)), dtype="float16"), stay(8, 8, 1, 4, threads=64, stages=2)),
+    # a crop of some channels, a multiplier, epilogues
+    (forward(2, 32, (7, 8), 7, padding=3, x_strides=(9 * 9 * 48, 1, 9 * 48, 48)), march(32, 4, threads=64)),
+    (forward(2, 24, (9, 8), 5, padding=2, multiplier=2), march(32, 4, threads=64, evict_first=True)),
+    (
+        forward(2, 64, (9, 8), 3, padding=1, epilogue=Epilogue("silu", scale=True, shift=True), dtype="float16"),
+        march(64, 7, threads=64, vector=2),
+    ),
+    (
+        forward(2, 40, (9, 8), 7, padding=3, epilogue=Epilogue("relu", residual=True)),
+        march(32, 7, threads=64, out_boxes=False),
+    ),
+    (forward(2, 24, (9, 20), 3, padding=1), march(24, 4, threads=72, vector=2, out_boxes=False)),
+]
+
+
+def wide_box_plans(device: DeviceSpec) -> list[Plan]:
+    """The plans of WIDE; none where the device has no copy engine."""
+    if not copies_boxes(device):
+        return []
+    found = [WideNhwc().plan(given, device, tile) for given, tile in WIDE]
+    assert all(isinstance(plan, Plan) and plan.maps for plan in found), found
+    return found
+
 
 def box_plans(device: DeviceSpec) -> list[Plan]:
-    """The plans of all of them; none where the device has no copy engine."""
-    if not BULK_COPIES <= device.sm < STACK:
+    """The plans of all gradients of filters; none where the device has no copy engine."""
+    if not copies_boxes(device):
         return []
     found = [TapsNhwc().plan(given, device, tile) for given, tile in NHWC]
     found += [TapsSparseNhwc().plan(given, device, tile) for given, tile in SPARSE.values()]

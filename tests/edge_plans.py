@@ -8,6 +8,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from box_tiles import wide_box_plans
 from dwconv.choose import candidates
 from dwconv.device import DeviceSpec
 from dwconv.plan import Plan
@@ -70,14 +71,14 @@ def _spread(plans: list[Plan], most: int) -> list[Plan]:
 
 
 def tile_plans(device: DeviceSpec) -> list[Plan]:
-    """Legal tiles of every variant for TILED, spread over all that it has."""
+    """Legal tiles of every variant for TILED, spread over all that it has; and those of boxes that few would choose."""
     found: list[Plan] = []
     for problem in TILED:
         lifted = problem.lifted(2)
         for stem, variant in REGISTRY.items():
             plans = [] if stem in PLAIN or variant.unsupported(lifted) else variant.every_plan(lifted, device)
             found += plans[:: max(1, -(-len(plans) // MOST_TILES))]
-    return found
+    return found + wide_box_plans(device)
 
 
 def plan_id(plan: Plan) -> str:

@@ -73,9 +73,9 @@ def test_non_finite_inputs_reach_their_windows_only(plan):
 
 @pytest.mark.parametrize("plan", tile_plans(H200), ids=tile_id)
 def test_every_legal_tile_is_within_rounding(plan):
-    inputs, epilogue = make_inputs(plan.problem, seed=3), {}
+    inputs, epilogue = make_inputs(plan.problem, seed=3), make_epilogue(plan.problem, seed=3)
     inputs[0][(0,) * inputs[0].dim()] = math.inf
-    expected = reference.forward(*inputs, plan.problem)
+    expected = reference.forward(*inputs, plan.problem, **epilogue)
     for order_seed in (None, 3):
         wrong = reference.describe_mismatch(run(plan, inputs, epilogue, order_seed), *expected)
         assert wrong is None, f"{plan.tile}: {wrong}"

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import short_problems
+from box_tiles import WIDE
 from dwconv import emulator, reference
 from dwconv.compile import compile_plan
 from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem, Epilogue, dense_strides
+from dwconv.variants.boxes import copies_boxes
 from dwconv.variants.wide_nhwc import Tile, WideNhwc
 from problems import make_inputs, poisoned
 
@@ -79,31 +81,16 @@ EDGES = [
     problem(1, 8, (9, 8), 7, padding=3, epilogue=Epilogue("gelu", residual=True), dtype="bfloat16", multiplier=2),
 ]
 
-# Whole pixels, which a thread has copied row by row; strips of columns, blocks that begin and end inside of images.
-BULK = [
-    (
-        problem(2, 24, (9, 20), 3, padding=1),
-        Tile(True, 24, 4, threads=36, vector=2, cached=True, bulk=True, part_rows=4),
-    ),
-    (problem(3, 16, (7, 9), 3, padding=1, dtype="float16"), Tile(True, 16, 7, threads=32, vector=2, bulk=True)),
+# Vectors of channels; strips of columns, blocks that begin and end inside of images.
+VECTORS = [
+    (problem(2, 24, (9, 20), 3, padding=1), Tile(True, 24, 4, threads=36, vector=2, cached=True, part_rows=4)),
+    (problem(3, 16, (7, 9), 3, padding=1, dtype="float16"), Tile(True, 16, 7, threads=32, vector=2)),
     (
         problem(5, 16, (7, 7), 3, stride=2, padding=1, dtype="bfloat16", bias=True),
-        Tile(True, 16, 4, threads=16, vector=4, bulk=True, stages=4, stage_rows=1, part_rows=5),
-    ),
-    (
-        problem(2, 8, (12, 33), (3, 5), stride=(2, 1), padding=((1, 0), (2, 4)), dtype="float16"),
-        Tile(True, 8, 4, threads=20, vector=2, bulk=True, stages=2, part_rows=7),
-    ),
-    (
-        problem(3, 12, (10, 15), 7, padding=3, epilogue=Epilogue("silu", True, True, True), bias=True),
-        Tile(True, 12, 7, threads=40, bulk=True, stage_rows=3, part_rows=13),
-    ),
-    (
-        problem(1, 32, (9, 8), 5, padding=2, x_strides=(9 * 12 * 32, 1, 12 * 32, 32)),
-        Tile(True, 32, 7, threads=64, bulk=True, part_rows=3),
+        Tile(True, 16, 4, threads=16, vector=4, stages=4, stage_rows=1, part_rows=5),
     ),
     (problem(2, 20, (6, 11), 3, padding=1), Tile(True, 8, 4, threads=16, vector=4, part_rows=5)),
-    (problem(0, 8, (6, 7), 3, padding=1), Tile(True, 8, 7, threads=8, vector=2, bulk=True)),
+    (problem(0, 8, (6, 7), 3, padding=1), Tile(True, 8, 7, threads=8, vector=2)),
 ]
 
 # Beside those that `candidates` yields: other column counts, strips of rows and columns, several units a block.
@@ -186,8 +173,8 @@ def test_every_tile_is_within_rounding_in_any_order(p):
         assert torch.equal(bits(y), bits(again)), plan.tile
 
 
-@pytest.mark.parametrize(("p", "tile"), BULK, ids=lambda value: name(value))
-def test_vectors_of_channels_and_bulk_copies(p, tile):
+@pytest.mark.parametrize(("p", "tile"), VECTORS + WIDE, ids=lambda value: name(value))
+def test_vectors_of_channels_and_boxes(p, tile):
     plan = VARIANT.plan(p, H200, tile)
     assert isinstance(plan, Plan), plan
     inputs, extra = make_inputs(p), extras(p)
@@ -200,15 +187,39 @@ def test_vectors_of_channels_and_bulk_copies(p, tile):
 @pytest.mark.parametrize(
     ("p", "tile", "reason"),
     [
-        (problem(1, 12, (9, 9), 3, padding=1, dtype="float16"), Tile(True, 12, 7, bulk=True), "16 bytes"),
-        (problem(1, 32, (9, 9), 3, padding=1), Tile(True, 16, 7, bulk=True), "whole"),
         (problem(1, 5, (9, 9), 3, padding=1), Tile(True, 5, 7, vector=2), "vector"),
         (problem(1, 8, (9, 9), 3, padding=1, multiplier=2), Tile(True, 16, 7, vector=2), "vector"),
+        (problem(1, 12, (9, 9), 3, padding=1, dtype="float16"), Tile(True, 32, 7, boxes=True), "at once"),
+        (problem(1, 32, (9, 9), 3, padding=1, aligned=8), Tile(True, 32, 7, boxes=True), "at once"),
+        (problem(3, 32, (7, 8), 3, x_strides=(0, 1, 8 * 32, 32)), Tile(True, 32, 7, boxes=True), "at once"),
+        (problem(0, 32, (9, 9), 3), Tile(True, 32, 7, boxes=True), "at once"),
+        (problem(1, 8, (5, 5), 3), Tile(True, 8, 7, boxes=True), "at once"),  # a block of less than a warp
+        (problem(1, 24, (9, 40), 3), Tile(True, 24, 4, boxes=True, out_boxes=True), "at once"),
     ],
     ids=str,
 )
-def test_what_vectors_and_bulk_copies_need(p, tile, reason):
+def test_what_vectors_and_boxes_need(p, tile, reason):
     assert reason in VARIANT.plan(p, H200, tile).reason
+
+
+def test_a_gradient_of_x_comes_and_leaves_as_boxes():
+    p = problem(2, 40, (9, 8), 5, padding=((4, 0), (1, 3)), reversed=True)
+    plan = VARIANT.plan(p, H200, Tile(True, 32, 4, threads=64, boxes=True, out_boxes=True))
+    assert isinstance(plan, Plan), plan
+    x, w, _ = make_inputs(p)
+    wanted = reference.forward(x, w.flip(2, 3), None, replace(p, reversed=False))
+    assert reference.describe_mismatch(run(plan, (x, w, None)), *wanted) is None
+
+
+def test_boxes_are_for_devices_that_have_them():
+    p, tile = problem(8, 96, (28, 28), 7, padding=3), Tile(True, 32, 7, boxes=True, out_boxes=True)
+    assert {arch for arch in PRESETS if isinstance(VARIANT.plan(p, PRESETS[arch], tile), Plan)} == {
+        arch for arch, device in PRESETS.items() if copies_boxes(device)
+    }
+    for device in PRESETS.values():
+        offered = [plan for plan in VARIANT.candidates(p, device) if isinstance(plan, Plan)]
+        assert offered
+        assert all(bool(plan.maps) == copies_boxes(device) for plan in offered)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

@@ -46,6 +46,29 @@ struct BFloat16 {
     __device__ __forceinline__ explicit operator float() const { return bfloat16_to_float(bits); }
 };
 
+// A number in a register of its own: compilers would rather convert it again from what holds it wherever it is used.
+__device__ __forceinline__ float held(float value) {
+#ifndef DWCONV_EMULATOR
+    asm volatile("" : "+f"(value));
+#endif
+    return value;
+}
+
+// The two elements that 4 bytes of memory hold; the first in the lower half.
+template <class T>
+__device__ __forceinline__ void read_pair(unsigned pair, float& first, float& second) {
+    T low, high;
+    low.bits = static_cast<unsigned short>(pair);
+    high.bits = static_cast<unsigned short>(pair >> 16);
+    first = static_cast<float>(low);
+    second = static_cast<float>(high);
+}
+template <>
+__device__ __forceinline__ void read_pair<BFloat16>(unsigned pair, float& first, float& second) {
+    first = held(__uint_as_float(pair << 16));
+    second = held(__uint_as_float(pair & 0xffff0000u));
+}
+
 // Two sums, rounded, as the 4 bytes they take in memory; the first in the lower half.
 template <class T>
 __device__ __forceinline__ unsigned rounded_pair(float first, float second) {

@@ -40,7 +40,8 @@ struct Gate {
 };
 #endif
 
-// Fillers: arrivals that fill a stage, of all threads, or of those that send to it (sm_90 and newer).
+// Threads: that read, at most. Fillers: arrivals that fill a stage, of all threads, or of those that send to it (sm_90
+// and newer).
 template <int Stages, int Threads, int Fillers = Threads>
 class StageGates {
     unsigned full_;  // addresses of Stages gates, then as many of empty stages
@@ -50,15 +51,16 @@ public:
     static constexpr int kBytes = 16 * Stages;
 
     // `gates`: kBytes of shared memory that stay theirs. All threads call it; copies may start afterwards.
-    __device__ __forceinline__ explicit StageGates(void* gates) {
+    __device__ __forceinline__ explicit StageGates(void* gates, unsigned readers = Threads) {
 #ifdef DWCONV_EMULATOR
         full_ = 0;
+        static_cast<void>(readers);
 #else
         full_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
         if (threadIdx.x == 0) {
             for (int k = 0; k < Stages; ++k) {
                 Gate::initialize(full_ + 8 * k, Fillers);
-                Gate::initialize(full_ + 8 * (Stages + k), Threads);
+                Gate::initialize(full_ + 8 * (Stages + k), readers);
             }
             if (Fillers < Threads) own_writes_before_copies();
         }

@@ -7,11 +7,16 @@
 //   kMarch: the filter is in registers. Each input row is added to all output rows that read it, and the sums move on
 //     by one output row as they are added to. Otherwise: sums of kRows output rows stay where they are, and the filter
 //     is read from shared memory, kTaps taps of a row at a time, each of them for kColumns products.
-//   shared memory: x [kStages][kStageRows][slots][columns][channels] as in memory, the filter ([KH][KW/4][kChannels][4]
-//     as Sum, for the march [kChannels][KH*KW] as in memory), and outputs of each warp [kColumns][32] on their way out
+//   kBoxes: rows of x come as boxes of a tensor; kOutBoxes: rows of y leave as such, too.
+//   shared memory: gates of stages, x [kStages][kStageRows][slots][columns][channels] as in memory, outputs of each
+//   warp
+//     on their way out, [kColumns][32] or as a box of y is, and the filter ([KH][KW/4][kChannels][4] as Sum, for the
+//     march [kChannels][KH*KW] as in memory)
 //   grid.x = chunks of kChannels channels * strips of columns * parts of all output rows, chunk fastest
 //   least DRAM traffic: x + w + y, once each; halos between units come from L2
 #pragma once
+#include "wide_nhwc_boxes.cuh"
+#include "wide_nhwc_outputs.cuh"
 #include "wide_nhwc_sums.cuh"
 
 namespace dwconv {
@@ -41,58 +46,29 @@ __device__ __forceinline__ void sort_filter(const typename C::Element* w, Sum* f
     }
 }
 
-// Stores a row of outputs, the first `count` of them; `to` holds the addresses of the first one. Where all outputs of
-// a warp are vectors, they go through the warp's part of shared memory, `mine`, and `to` is where the lane's first
-// vector goes: one store instead of up to eight.
-template <class C, class Sum>
-__device__ __forceinline__ void store_row(const Tensors<typename C::Element>& to, typename C::Element* mine, int pitch,
-                                          int count, const Sum (&sums)[C::kColumns][C::kVector],
-                                          const ChannelValues<Sum> (&values)[C::kVector]) {
-    using Element = typename C::Element;
-    if constexpr (WideNhwc<C>::kShareOut) {
-        constexpr int kVector = 16 / sizeof(Element), kPieces = 32 / kVector;
-        const int lane = static_cast<int>(threadIdx.x % 32);
-        __syncwarp();
-#pragma unroll
-        for (int t = 0; t < C::kColumns; ++t)
-            mine[t * 32 + lane] = static_cast<Element>(finished<C>(sums[t][0], values[0], Element()));
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < C::kColumns * kPieces; k += 32) {
-            const int column = k / kPieces + lane / kPieces;
-            if (column < smaller(count, C::kColumns))
-                store_vector(to.y + k / kPieces * pitch,
-                             *reinterpret_cast<const Vector<Element, kVector>*>(mine + (k + lane) * kVector));
-        }
-    } else {
-#pragma unroll
-        for (int t = 0; t < C::kColumns; ++t)
-            if (t < count) store_outputs<C, C::kVector, 1>(to, t * pitch, sums[t], values);
-    }
-}
-
-template <class C>
+// maps: of kBoxes, else nothing.
+template <class C, class... Maps>
 __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& tensors, const Sizes& sizes,
-                                          const WideNhwcTiling& tiling) {
+                                          const WideNhwcTiling& tiling, const Maps&... maps) {
     using W = WideNhwc<C>;
     using Element = typename C::Element;
     using Sum = typename W::Sum;
-    constexpr unsigned kVector = C::kVector, kStageRows = C::kStageRows;
+    constexpr unsigned kVector = C::kVector;
     const unsigned above = tiling.chunks.quotient(blockIdx.x);
     const unsigned first_channel = (blockIdx.x - above * tiling.chunks.divisor) * C::kChannels;
     const unsigned part = tiling.column_strips.quotient(above);
     const int strip = static_cast<int>(above - part * tiling.column_strips.divisor);
-    const unsigned lane = threadIdx.x % W::kLanes, across = threadIdx.x / W::kLanes;
-    const unsigned slot = across / tiling.groups, group = across - slot * tiling.groups;
-    const unsigned channel = first_channel + lane * kVector;
+    const WideNhwcPlace<C> place(threadIdx.x, first_channel, strip, tiling);
+    const unsigned lane = place.lane, slot = place.slot, channel = place.channel;
     const bool has_channel = channel < sizes.out_channels;
 
     constexpr unsigned kAlign = 16 / sizeof(Element);
     const unsigned slot_elements = tiling.columns * W::kStaged;
     const unsigned row_elements = (tiling.slots * slot_elements + kAlign - 1) / kAlign * kAlign;
-    unsigned char* const memory = shared_memory<unsigned char>();
-    Element* const stages = reinterpret_cast<Element*>(memory + (C::kBulk ? kBarrierBytes : 0));
-    Element* const filter_bits = stages + C::kStages * kStageRows * row_elements;
+    const unsigned stage_bytes = W::stage_bytes(row_elements * sizeof(Element));
+    unsigned char* const memory = shared_memory<unsigned char>() + W::kGateBytes;
+    Element* const outputs = reinterpret_cast<Element*>(memory + C::kStages * stage_bytes);
+    Element* const filter_bits = outputs + (blockDim.x + 31) / 32 * W::kWarpOut;
     Sum* const filter = reinterpret_cast<Sum*>(filter_bits);
 
     // The first rows are on their way before anything else.
@@ -103,13 +79,24 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
     const Element* const w = tensors.w + static_cast<long long>(first_channel) * W::kTaps;
     const unsigned filter_count =
         min(static_cast<unsigned>(sizes.out_channels) - first_channel, static_cast<unsigned>(C::kChannels)) * W::kTaps;
-    WideNhwcCopies<C> copies(sizes, tiling, position, end_position, slot, first_channel, tile_column, slot_elements,
-                             row_elements, stages, memory);
+    auto copies = [&] {
+        if constexpr (C::kBoxes > 0)
+            return WideNhwcBoxes<C>(maps.x..., position, end_position, place, tile_column, row_elements);
+        else
+            return WideNhwcPieces<C>(sizes, tiling, position, end_position, place, tile_column, slot_elements,
+                                     row_elements);
+    }();
     if constexpr (C::kMarch) share_filter<C>(w, filter_bits, filter_count);  // belongs to the first group of copies
-    if constexpr (C::kBulk) end_of_copies();
-    copies.open(tensors, sizes, tiling);
+    if constexpr (C::kBoxes > 0) {
+        copies.open(sizes, tiling);
 #pragma unroll 1
-    for (unsigned k = 0; k < C::kStages - 1; ++k) copies.copy(k, tensors, sizes, tiling);
+        for (unsigned k = 0; k < C::kStages - 1; ++k) copies.template fill<true>(k, 0, maps.x..., sizes, tiling);
+        end_of_copies();
+    } else {
+        copies.open(tensors, sizes, tiling);
+#pragma unroll 1
+        for (unsigned k = 0; k < C::kStages - 1; ++k) copies.copy(k, tensors, sizes, tiling);
+    }
     if constexpr (!C::kMarch) sort_filter<C>(w, filter, filter_count);
 
     Sum bias[kVector];
@@ -119,54 +106,36 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
         bias[e] = C::kHasBias && has_channel ? static_cast<Sum>(load_one(tensors.b + channel + e)) : Sum(0);
         values[e] = channel_values<C>(tensors, has_channel ? channel + e : 0);
     }
-    Sum taps[C::kMarch ? W::kTaps : 1][kVector];
+    float taps[C::kMarch ? W::kTaps : 1][kVector];
+    if constexpr (C::kMarch) wait_for_copies<(C::kBoxes > 0 ? 0 : C::kStages - 2)>();
+    if constexpr (C::kMarch || C::kBoxes > 0) __syncthreads();  // the filter is there for all
     if constexpr (C::kMarch) {
-        wait_for_copies<C::kBulk ? 0 : C::kStages - 2>();
-        __syncthreads();
 #pragma unroll
         for (int k = 0; k < W::kTaps; ++k)
 #pragma unroll
             for (unsigned e = 0; e < kVector; ++e)
-                taps[k][e] = static_cast<Sum>(filter_bits[(lane * kVector + e) * W::kTaps + tap_at<C>(k)]);
+                taps[k][e] = held(static_cast<float>(filter_bits[(lane * kVector + e) * W::kTaps + tap_at<C>(k)]));
     }
 
     // Where the thread reads the columns of its outputs: in a stage, and in the image.
-    const int own = static_cast<int>(group) * C::kColumns * C::kStrideW;
+    const int own = static_cast<int>(place.group) * C::kColumns * C::kStrideW;
     const int image_column = strip * strip_columns - C::kPadLeft + own;
     const int read = static_cast<int>(slot * slot_elements) + (own - static_cast<int>(tiling.skipped)) * W::kStaged +
                      static_cast<int>(W::kWhole ? lane * kVector / C::kMultiplier
                                                 : channel / C::kMultiplier - first_channel / C::kMultiplier);
-
-    // What the thread stores: its own outputs, or vectors of its warp's.
-    constexpr unsigned kStored = 16 / sizeof(Element), kPieces = 32 / kStored, kWarpOut = 32 * C::kColumns;
-    const unsigned lane_column = W::kShareOut ? threadIdx.x % 32 / kPieces : 0;
-    const unsigned stored_channel =
-        W::kShareOut ? first_channel + lane / 32 * 32 + threadIdx.x % kPieces * kStored : channel;
-    const int column = (strip * static_cast<int>(tiling.groups) + static_cast<int>(group)) * C::kColumns;
-    const int pitch = static_cast<int>(sizes.out_channels), row_pitch = static_cast<int>(sizes.out_w) * pitch;
-    Element* const mine =
-        W::kShareOut ? reinterpret_cast<Element*>(reinterpret_cast<unsigned char*>(filter_bits) + W::kFilterBytes) +
-                           threadIdx.x / 32 * kWarpOut
-                     : nullptr;
+    auto out = [&] {
+        if constexpr (C::kOutBoxes)
+            return WideNhwcBoxOutputs<C>(maps.y..., tiling, place, values, outputs);
+        else
+            return WideNhwcOutputs<C>(tensors, sizes, tiling, place, values, outputs);
+    }();
     unsigned stage = 0, next_stage = C::kStages - 1;
 
 #pragma unroll 1
     while (position < end_position) {
         const WideNhwcUnit unit = wide_nhwc_unit<C>(position, end_position, sizes, tiling);
         position += unit.out_end - unit.out_first;
-        const unsigned image = unit.image_group * tiling.slots + slot;
-        const int count =
-            stored_channel < sizes.out_channels && image < tiling.images ? static_cast<int>(sizes.out_w) - column : 0;
-        const int in_row = (column + static_cast<int>(lane_column)) * pitch + static_cast<int>(stored_channel);
-        const long long out = (image * sizes.out_h + unit.out_first) * row_pitch + in_row;
-        Tensors<Element> to = tensors;
-        to.y += out;
-        if constexpr (C::kHasResidual) to.residual += out;
-        const auto store = [&](const Sum(&row)[C::kColumns][C::kVector]) {
-            store_row<C>(to, mine, pitch, count, row, values);
-            to.y += row_pitch;
-            if constexpr (C::kHasResidual) to.residual += row_pitch;
-        };
+        out.begin(tensors, unit);
 
         constexpr int kSums = C::kMarch ? W::kLive : C::kRows;
         Sum sums[kSums][C::kColumns][C::kVector];
@@ -174,7 +143,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
         const auto store_if_done = [&](int row, int phase) {
             const int since = row + C::kPadTop - (C::kFilterH - 1) - unit.out_first * C::kStrideH;
             if (since < 0 || phase != (C::kFilterH - 1) % C::kStrideH) return;
-            store(sums[kSums - 1]);
+            out.store(sums[kSums - 1]);
         };
 #pragma unroll
         for (int k = 0; k < kSums; ++k)
@@ -186,20 +155,26 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
         int row = unit.first;
 #pragma unroll 1
         while (row < unit.end) {
-            if constexpr (!C::kBulk) copies.wait(stage);
-            __syncthreads();  // the rows are there for all, and nobody reads the stage any more that is filled now
-            copies.copy(next_stage, tensors, sizes, tiling);
-            if constexpr (C::kBulk) copies.wait(stage);
-            const Element* at = stages + stage * (kStageRows * row_elements) + read;
-            next_stage = stage;
-            stage = stage + 1 == C::kStages ? 0 : stage + 1;
+            if constexpr (C::kBoxes > 0) {
+                copies.gates.wait_until_full(stage);
+                copies.template fill<false>(next_stage, stage, maps.x..., sizes, tiling);
+            } else {
+                copies.wait();
+                __syncthreads();  // the rows are there for all, and nobody reads the stage any more that is filled now
+                copies.copy(next_stage, tensors, sizes, tiling);
+            }
+            const Element* at = reinterpret_cast<const Element*>(memory + stage * stage_bytes) + read;
+            if constexpr (C::kBoxes == 0) {
+                next_stage = stage;
+                stage = stage + 1 == C::kStages ? 0 : stage + 1;
+            }
             const int stage_end = min(row + C::kStageRows, unit.end);
 #pragma unroll 1
             do {
                 if constexpr (C::kMarch) {
                     Sum window[(C::kColumns - 1) * C::kStrideW + (C::kFilterW - 1) * C::kDilationW + 1][C::kVector];
                     read_window<C, C::kFilterW>(at, window);
-                    const int phase = C::kStrideH == 1 ? 0 : (row + C::kPadTop) % C::kStrideH;
+                    const int phase = static_cast<int>(static_cast<unsigned>(row + C::kPadTop) % C::kStrideH);
                     march_phases<C, 0>(phase, window, taps, bias, sums);
                     store_if_done(row, phase);
                 } else {
@@ -208,13 +183,27 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
                 }
                 at += row_elements;
             } while (++row < stage_end);
+            if constexpr (C::kBoxes > 0) {
+                copies.gates.is_read(stage);
+                next_stage = stage;
+                stage = copies.gates.next(stage);
+            }
         }
-        if constexpr (C::kMarch) {
-            // Through the padding below the image, until the last sums are out.
+        if constexpr (C::kMarch && C::kOutBoxes) {
+            // Rows below the image add nothing more: sums[k] belongs to output row newest - k.
+            const int complete = row - 1 + C::kPadTop - (C::kFilterH - 1),
+                      newest = (row - 1 + C::kPadTop) / C::kStrideH;
+            const int next = complete < 0 ? unit.out_first : larger(unit.out_first, complete / C::kStrideH + 1);
+#pragma unroll
+            for (int k = kSums - 1; k >= 0; --k)
+                if (newest - k >= next && newest - k < unit.out_end) out.store(sums[k]);
+        } else if constexpr (C::kMarch) {
+            // Through the padding below the image, until the last sums are out. Where lanes store, the code above takes
+            // 40 registers more.
             const int last = (unit.out_end - 1) * C::kStrideH - C::kPadTop + C::kFilterH - 1;
 #pragma unroll 1
             for (; row <= last; ++row) {
-                const int phase = C::kStrideH == 1 ? 0 : (row + C::kPadTop) % C::kStrideH;
+                const int phase = static_cast<int>(static_cast<unsigned>(row + C::kPadTop) % C::kStrideH);
                 if (phase == 0) move_up<C>(sums);
                 store_if_done(row, phase);
             }
@@ -223,7 +212,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
             // Row by row through the same code; an unrolled one would hold the epilogue kRows times.
 #pragma unroll 1
             for (int i = unit.out_first; i < unit.out_end; ++i) {
-                store(sums[0]);
+                out.store(sums[0]);
 #pragma unroll
                 for (int k = 0; k + 1 < C::kRows; ++k)
 #pragma unroll
@@ -231,6 +220,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
             }
         }
     }
+    out.end();
 }
 
 }  // namespace dwconv
@@ -245,7 +235,10 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
 #define DWCONV_MARCH 1
 #define DWCONV_CHANNELS 32
 #define DWCONV_VECTOR 1
-#define DWCONV_BULK 0
+#define DWCONV_BOXES 0
+#define DWCONV_BOX_COLUMNS 0
+#define DWCONV_OUT_BOXES 0
+#define DWCONV_EVICT_FIRST 0
 #define DWCONV_CACHED 1
 #define DWCONV_COLUMNS 7
 #define DWCONV_ROWS 1
@@ -261,7 +254,11 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
 struct Config : ProblemConfig {
     static constexpr int kThreads = DWCONV_THREADS, kMinBlocks = DWCONV_MIN_BLOCKS;
     static constexpr bool kMarch = DWCONV_MARCH;
-    static constexpr bool kBulk = DWCONV_BULK, kCached = DWCONV_CACHED;
+    static constexpr bool kCached = DWCONV_CACHED;
+    static constexpr int kBoxes = DWCONV_BOXES;              // of columns side by side, that rows of x come as
+    static constexpr int kBoxColumns = DWCONV_BOX_COLUMNS;   // of each
+    static constexpr bool kOutBoxes = DWCONV_OUT_BOXES;      // rows of y leave as boxes, too
+    static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;  // what boxes bring leaves L2 before all else
     static constexpr int kChannels = DWCONV_CHANNELS, kVector = DWCONV_VECTOR;
     static constexpr int kColumns = DWCONV_COLUMNS, kRows = DWCONV_ROWS, kTaps = DWCONV_TAPS;
     static constexpr int kCopies = DWCONV_COPIES, kStoreBytes = DWCONV_STORE_BYTES, kWidth = DWCONV_WIDTH;
@@ -270,7 +267,16 @@ struct Config : ProblemConfig {
 
 using Tiling = dwconv::WideNhwcTiling;
 
+#if DWCONV_BOXES
+#define DWCONV_MAPS , const __grid_constant__ dwconv::ForwardMaps maps
+#define DWCONV_GIVEN_MAPS , maps
+#else
+#define DWCONV_MAPS
+#define DWCONV_GIVEN_MAPS
+#endif
+
 extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
-    dwconv_kernel(const dwconv::Tensors<Config::Element> tensors, const dwconv::Sizes sizes, const Tiling tiling) {
-    dwconv::wide_nhwc<Config>(tensors, sizes, tiling);
+    dwconv_kernel(const dwconv::Tensors<Config::Element> tensors, const dwconv::Sizes sizes,
+                  const Tiling tiling DWCONV_MAPS) {
+    dwconv::wide_nhwc<Config>(tensors, sizes, tiling DWCONV_GIVEN_MAPS);
 }

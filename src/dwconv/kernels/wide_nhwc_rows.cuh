@@ -3,11 +3,9 @@
 //   time: rows of image after image, as if they were one tall image. What it makes of one image is a unit. What lies
 //   beside the image, and channels that don't exist, become zeros; rows above and below the image are not copied.
 //   WideNhwcPieces: all threads of a slot copy its columns, each the same piece of channels in every `step`-th column.
-//   WideNhwcStretches: where a block takes whole pixels, one thread has a row copied by one bulk copy (sm_90 and
-//   newer).
+//   WideNhwcBoxes: one lane has them copied (wide_nhwc_boxes.cuh).
 #pragma once
 #include "copies.cuh"
-#include "epilogue.cuh"
 
 namespace dwconv {
 
@@ -34,88 +32,62 @@ struct WideNhwc {
         kWhole ? C::kChannels / C::kMultiplier : (C::kChannels + C::kMultiplier - 2) / C::kMultiplier + 1;
     static constexpr int kPieces = kStaged / kLoad;  // of a column
     static constexpr int kPack = 16 / static_cast<int>(sizeof(Sum));
-    static constexpr int kFilterRow = ceil_div(C::kFilterW, kPack) * kPack;      // taps of a row in shared memory
-    static constexpr bool kShareOut = C::kStoreBytes == 16 && !C::kHasResidual;  // outputs leave as whole vectors
+    static constexpr int kFilterRow = ceil_div(C::kFilterW, kPack) * kPack;  // taps of a row in shared memory
+    // Outputs leave as whole vectors, or as boxes: of a warp they take kWarpOut elements of shared memory.
+    static constexpr bool kShareOut = C::kStoreBytes == 16 && !C::kHasResidual && !C::kOutBoxes;
+    static constexpr int kWarpOut =
+        C::kOutBoxes ? ceil_div(32 * C::kVector * C::kColumns * static_cast<int>(sizeof(Element)), 128) * 128 /
+                           static_cast<int>(sizeof(Element))
+        : kShareOut ? 32 * C::kColumns
+                    : 0;
     static constexpr int kLive = ceil_div(C::kFilterH, C::kStrideH);  // output rows that one input row adds to
 
     static constexpr int kFilterBytes =
         C::kMarch ? ceil_div(C::kChannels * kTaps * static_cast<int>(sizeof(Element)), 16) * 16
                   : C::kFilterH * kFilterRow * C::kChannels * static_cast<int>(sizeof(Sum));
 
+    static constexpr int kGateBytes = C::kBoxes > 0 ? 128 : 0;  // before the stages
+
+    static_assert(16 * C::kStages <= kGateBytes || C::kBoxes == 0, "gates of kStages stages must fit in kGateBytes");
     static_assert(kWhole || kLoad == 1, "kLoadBytes must be one element: the block's channels of x start anywhere");
     static_assert(C::kChannels % kLoad == 0, "kChannels must be whole vectors");
     static_assert(C::kChannels % C::kVector == 0, "kVector must divide kChannels: a thread owns whole vectors");
     static_assert(C::kVector == 1 || (C::kMarch && C::kMultiplier == 1), "kVector is the march's, of channels of x");
-    static_assert(!C::kBulk || (kWhole && C::kLoadBytes == 16), "kBulk moves whole vectors of 16 bytes");
+    static_assert(C::kBoxes == 0 || kWhole, "boxes are whole channels of x");
+    static_assert(C::kBoxes > 0 || !C::kOutBoxes, "kernels without boxes of x get no map of y");
     static_assert(!C::kMarch || C::kDilationH == 1, "kMarch needs neighbouring rows: each step moves all sums by one");
     static_assert(C::kMarch || C::kTaps % kPack == 0 || C::kTaps >= C::kFilterW,
                   "kTaps must be whole vectors of taps, or a whole row");
     static_assert(C::kStoreBytes < 16 || (C::kChannels % 32 == 0 && C::kVector == 1),
                   "a warp must be 32 channels to store vectors of them");
-    static_assert(C::kStages <= 8, "kStages must be at most 8: their barriers take kBarrierBytes");
     static_assert(C::kStages >= 2, "kStages must be 2 or more: one row is read while another one arrives");
+
+    // From one stage to the next one; boxes begin at multiples of 128 bytes.
+    __device__ __forceinline__ static unsigned stage_bytes(unsigned row_bytes) {
+        constexpr bool kAligned = C::kBoxes == 0 || C::kStageRows * kStaged * sizeof(Element) % 128 == 0;
+        return kAligned ? C::kStageRows * row_bytes : (C::kStageRows * row_bytes + 127) / 128 * 128;
+    }
 };
 
-// ---- bulk copies: a barrier in shared memory counts the bytes of a stage. The emulator copies at once. ----
+// What a thread works on.
+template <class C>
+struct WideNhwcPlace {
+    unsigned first_channel, lane, group, slot;
+    unsigned channel;   // the thread's first one
+    int strip, column;  // of outputs
 
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define DWCONV_BULK_ROWS
-#endif
-
-using BulkBarrier = unsigned long long;
-constexpr int kBarrierBytes = 64;  // of a block
-
-__device__ __forceinline__ void open_barrier(BulkBarrier* barrier) {
-#ifdef DWCONV_BULK_ROWS
-    asm volatile(
-        "mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
-        : "memory");
-#endif
-}
-
-// Barriers are open for the copies that this thread starts next.
-__device__ __forceinline__ void end_of_barriers() {
-#ifdef DWCONV_BULK_ROWS
-    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void expect_bytes(BulkBarrier* barrier, unsigned bytes) {
-#ifdef DWCONV_BULK_ROWS
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(barrier))),
-                 "r"(bytes)
-                 : "memory");
-#endif
-}
-
-template <class T>
-__device__ __forceinline__ void copy_stretch(T* to, const T* from, unsigned bytes, BulkBarrier* barrier) {
-#ifdef DWCONV_BULK_ROWS
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(bytes), "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
-                 : "memory");
-#else
-    for (unsigned k = 0; k < bytes / sizeof(T); ++k) to[k] = from[k];
-#endif
-}
-
-// Waits until all bytes of the barrier's phase, 0 and 1 in turn, have arrived.
-__device__ __forceinline__ void wait_for_bytes(BulkBarrier* barrier, unsigned phase) {
-#ifdef DWCONV_BULK_ROWS
-    unsigned done;
-    do {
-        asm volatile(
-            "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-            : "=r"(done)
-            : "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))), "r"(phase)
-            : "memory");
-    } while (done == 0);
-#endif
-}
-
-// ---- units and their rows ----
+    __device__ __forceinline__ WideNhwcPlace(unsigned thread, unsigned first_channel_, int strip_,
+                                             const WideNhwcTiling& tiling)
+        : first_channel(first_channel_), strip(strip_) {
+        using W = WideNhwc<C>;
+        const unsigned across = thread / W::kLanes;
+        lane = thread % W::kLanes;
+        slot = across / tiling.groups;
+        group = across - slot * tiling.groups;
+        channel = first_channel + lane * C::kVector;
+        column = (strip * static_cast<int>(tiling.groups) + static_cast<int>(group)) * C::kColumns;
+    }
+};
 
 struct WideNhwcUnit {
     unsigned image_group;
@@ -156,16 +128,15 @@ struct WideNhwcPieces {
     const Element* line;  // the first piece in the next row
 
     __device__ __forceinline__ WideNhwcPieces(const Sizes& sizes, const WideNhwcTiling& tiling, unsigned first_position,
-                                              unsigned last_position, unsigned slot_, unsigned first_channel,
-                                              int first_column, unsigned slot_elements, unsigned row_elements, Element*,
-                                              void*)
-        : position(first_position), end_position(last_position), slot(slot_) {
+                                              unsigned last_position, const WideNhwcPlace<C>& place_of,
+                                              int first_column, unsigned slot_elements, unsigned row_elements)
+        : position(first_position), end_position(last_position), slot(place_of.slot) {
         const unsigned of_slot = threadIdx.x - slot * tiling.groups * W::kLanes;
         const int column = static_cast<int>(of_slot / W::kPieces);
         const unsigned piece = of_slot % W::kPieces * W::kLoad;
         step = static_cast<int>(tiling.groups) * W::kLanes / W::kPieces;
         span = column < step ? static_cast<int>(tiling.columns) - column : 0;  // beyond whole columns: nothing
-        channel = static_cast<int>(first_channel / C::kMultiplier + piece);
+        channel = static_cast<int>(place_of.first_channel / C::kMultiplier + piece);
         place = slot * slot_elements + column * W::kStaged + piece;
         row_place = row_elements;
         column_step = step * static_cast<int>(sizes.x_column);
@@ -219,100 +190,7 @@ struct WideNhwcPieces {
         end_of_copies();
     }
 
-    __device__ __forceinline__ void wait(unsigned) { wait_for_copies<C::kStages - 2>(); }
-};
-
-// What thread 0 has copied for all: of each slot, the columns of a row that exist.
-template <class C>
-struct WideNhwcStretches {
-    using W = WideNhwc<C>;
-    using Element = typename C::Element;
-    unsigned position, end_position;
-    int rows = 0;               // that are left of the unit
-    int first_column, columns;  // that exist
-    unsigned place;             // of the first of them, in elements of a stage
-    unsigned slot_place, row_place;
-    unsigned slots;  // that have an image
-    const Element* line;
-    Element* stages;
-    BulkBarrier* barriers;
-    unsigned phases = 0;  // of the barriers, a bit each
-
-    __device__ __forceinline__ WideNhwcStretches(const Sizes& sizes, const WideNhwcTiling& tiling,
-                                                 unsigned first_position, unsigned last_position, unsigned, unsigned,
-                                                 int tile_column, unsigned slot_elements, unsigned row_elements,
-                                                 Element* stages_, void* memory)
-        : position(first_position),
-          end_position(last_position),
-          stages(stages_),
-          barriers(static_cast<BulkBarrier*>(memory)) {
-        first_column = max(0, tile_column);
-        columns =
-            max(0, min(static_cast<int>(sizes.in_w), tile_column + static_cast<int>(tiling.columns)) - first_column);
-        const int before = first_column - tile_column, after = before + columns;
-        place = before * W::kStaged;
-        slot_place = slot_elements;
-        row_place = row_elements;
-        if (threadIdx.x == 0) {
-            for (int k = 0; k < C::kStages; ++k) open_barrier(barriers + k);
-            end_of_barriers();
-        }
-        // Columns beside the image stay zero for as long as the block lives.
-        for (unsigned k = 0; k < C::kStages * C::kStageRows * tiling.slots; ++k) {
-            Element* line_of = stages + k / tiling.slots * row_place + k % tiling.slots * slot_place;
-            for (int e = static_cast<int>(threadIdx.x); e < before * W::kStaged; e += static_cast<int>(blockDim.x))
-                line_of[e] = Element();
-            for (int e = after * W::kStaged + static_cast<int>(threadIdx.x);
-                 e < static_cast<int>(tiling.columns) * W::kStaged; e += static_cast<int>(blockDim.x))
-                line_of[e] = Element();
-        }
-    }
-
-    __device__ __forceinline__ void open(const Tensors<Element>& tensors, const Sizes& sizes,
-                                         const WideNhwcTiling& tiling) {
-        if (position >= end_position) return;
-        const WideNhwcUnit unit = wide_nhwc_unit<C>(position, end_position, sizes, tiling);
-        position += unit.out_end - unit.out_first;
-        rows = unit.end - unit.first;
-        const unsigned image = unit.image_group * tiling.slots;
-        slots = min(tiling.slots, tiling.images - image);
-        line = tensors.x + image * sizes.x_image + first_column * sizes.x_column + unit.first * sizes.x_row;
-    }
-
-    __device__ __forceinline__ void copy(unsigned stage, const Tensors<Element>& tensors, const Sizes& sizes,
-                                         const WideNhwcTiling& tiling) {
-        if (threadIdx.x != 0 || rows <= 0) return;
-        const int count = min(rows, C::kStageRows);
-        const unsigned bytes = columns * (W::kStaged * sizeof(Element));
-        BulkBarrier* barrier = barriers + stage;
-        expect_bytes(barrier, count * slots * bytes);
-        Element* row = stages + stage * (C::kStageRows * row_place) + place;
-#pragma unroll 1
-        for (int k = 0; k < count; ++k) {
-            if (bytes > 0)
-#pragma unroll 1
-                for (unsigned s = 0; s < slots; ++s)
-                    copy_stretch(row + s * slot_place, line + s * sizes.x_image, bytes, barrier);
-            line += sizes.x_row;
-            row += row_place;
-        }
-        rows -= count;
-        if (rows == 0) open(tensors, sizes, tiling);
-    }
-
-    __device__ __forceinline__ void wait(unsigned stage) {
-        wait_for_bytes(barriers + stage, phases >> stage & 1);
-        phases ^= 1u << stage;
-    }
-};
-
-template <class C, bool Bulk = C::kBulk>
-struct WideNhwcCopies : WideNhwcPieces<C> {
-    using WideNhwcPieces<C>::WideNhwcPieces;
-};
-template <class C>
-struct WideNhwcCopies<C, true> : WideNhwcStretches<C> {
-    using WideNhwcStretches<C>::WideNhwcStretches;
+    __device__ __forceinline__ void wait() { wait_for_copies<C::kStages - 2>(); }
 };
 
 }  // namespace dwconv

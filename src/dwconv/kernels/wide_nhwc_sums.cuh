@@ -75,16 +75,24 @@ __device__ __forceinline__ void read_window(const typename C::Element* at, Sum (
 #pragma unroll
         for (int t = 0; t < C::kColumns; ++t) needed |= is_tap(k - t * C::kStrideW, C::kDilationW, Taps);
         if (!needed || !may_exist<C>(k)) continue;
-        const auto pixel =
-            *reinterpret_cast<const Vector<typename C::Element, C::kVector>*>(at + k * WideNhwc<C>::kStaged);
+        const typename C::Element* const pixel = at + k * WideNhwc<C>::kStaged;
+        if constexpr (sizeof(typename C::Element) == 2 && C::kVector > 1) {
+            const auto pairs = *reinterpret_cast<const Vector<unsigned, C::kVector / 2>*>(pixel);
 #pragma unroll
-        for (int e = 0; e < C::kVector; ++e) window[k][e] = static_cast<Sum>(pixel.element[e]);
+            for (int e = 0; e < C::kVector; e += 2)
+                read_pair<typename C::Element>(pairs.element[e / 2], window[k][e], window[k][e + 1]);
+        } else {
+            const auto elements = *reinterpret_cast<const Vector<typename C::Element, C::kVector>*>(pixel);
+#pragma unroll
+            for (int e = 0; e < C::kVector; ++e) window[k][e] = static_cast<Sum>(elements.element[e]);
+        }
     }
 }
 
 // Adds Taps taps of each filter row to the output rows that read the input row. `below` is the input row's distance
 // from the first that output row 0 reads, `at` the first column that the taps read, `filter` the first tap in row 0.
-template <class C, int Taps, class Sum>
+// Whole: all of the output rows read it.
+template <class C, int Taps, bool Whole, class Sum>
 __device__ __forceinline__ void add_taps(const typename C::Element* at, const Sum* filter, int below,
                                          Sum (&sums)[C::kRows][C::kColumns][1]) {
     using W = WideNhwc<C>;
@@ -93,7 +101,7 @@ __device__ __forceinline__ void add_taps(const typename C::Element* at, const Su
 #pragma unroll
     for (int i = 0; i < C::kRows; ++i) {
         const int from_first = below - i * C::kStrideH;  // = u * kDilationH
-        if (!is_tap(from_first, C::kDilationH, C::kFilterH)) continue;
+        if (!Whole && !is_tap(from_first, C::kDilationH, C::kFilterH)) continue;
         const Sum* row = filter + from_first / C::kDilationH * (W::kFilterRow * C::kChannels);
         Sum taps[ceil_div(Taps, W::kPack) * W::kPack];
 #pragma unroll
@@ -111,26 +119,31 @@ __device__ __forceinline__ void add_taps(const typename C::Element* at, const Su
     }
 }
 
-// Adds one input row to the output rows that read it, kTaps columns of the filter at a time; those that reach the
-// image nowhere are left out. `column` is the first column that the thread reads, in the image.
+// The same, of taps from `v` on, if they reach the image anywhere. Most rows are read by all of a thread's output rows:
+// then nothing is looked at for each of these.
+template <class C, int Taps, class Sum>
+__device__ __forceinline__ void add_taps_from(int v, const typename C::Element* at, const Sum* filter, int below,
+                                              int column, int in_w, Sum (&sums)[C::kRows][C::kColumns][1]) {
+    const int first = column + v * C::kDilationW;
+    if (first >= in_w || first + (C::kColumns - 1) * C::kStrideW + (Taps - 1) * C::kDilationW < 0) return;
+    at += v * C::kDilationW * WideNhwc<C>::kStaged;
+    filter += v * C::kChannels;
+    if (C::kDilationH == 1 && below >= (C::kRows - 1) * C::kStrideH && below < C::kFilterH)
+        add_taps<C, Taps, true>(at, filter, below, sums);
+    else
+        add_taps<C, Taps, false>(at, filter, below, sums);
+}
+
+// Adds one input row to the output rows that read it, kTaps columns of the filter at a time. `column` is the first
+// column that the thread reads, in the image.
 template <class C, class Sum>
 __device__ __forceinline__ void add_row(const typename C::Element* at, const Sum* filter, int below, int column,
                                         int in_w, Sum (&sums)[C::kRows][C::kColumns][1]) {
-    using W = WideNhwc<C>;
     constexpr int kTaps = smaller(C::kTaps, C::kFilterW), kRest = C::kFilterW % kTaps;
-    const auto reaches = [&](int v, int taps) {
-        const int first = column + v * C::kDilationW;
-        return first < in_w && first + (C::kColumns - 1) * C::kStrideW + (taps - 1) * C::kDilationW >= 0;
-    };
 #pragma unroll 1
     for (int v = 0; v + kTaps <= C::kFilterW; v += kTaps)
-        if (reaches(v, kTaps))
-            add_taps<C, kTaps>(at + v * C::kDilationW * W::kStaged, filter + v * C::kChannels, below, sums);
-    if constexpr (kRest > 0) {
-        constexpr int v = C::kFilterW - kRest;
-        if (reaches(v, kRest))
-            add_taps<C, kRest>(at + v * C::kDilationW * W::kStaged, filter + v * C::kChannels, below, sums);
-    }
+        add_taps_from<C, kTaps>(v, at, filter, below, column, in_w, sums);
+    if constexpr (kRest > 0) add_taps_from<C, kRest>(C::kFilterW - kRest, at, filter, below, column, in_w, sums);
 }
 
 }  // namespace dwconv

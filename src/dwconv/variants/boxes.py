@@ -80,14 +80,16 @@ def forward_maps(
     turned: bool,
     x_box: tuple[int, int, int, int],
     y_box: tuple[int, int, int, int],
+    swizzled: bool = True,
 ) -> Maps | None:
-    """x and y with boxes of so many channels, columns, images and rows, in this order, swizzled.
+    """x and y with boxes of so many channels, columns, images and rows, in this order.
 
-    None where the copy engine can't copy them: tensors that aren't aligned to 16 bytes, an expanded batch, pixels of
-    boxes that don't have 32, 64 or 128 bytes.
+    None where the copy engine can't copy them: tensors that aren't aligned to 16 bytes, an expanded batch, boxes that
+    have more than 256 elements along a dimension.
 
     problem: of two dimensions.
     turned: it is one with rows for columns (`sparse_rows.turned`), also those of y.
+    swizzled: see `TensorMap`; pixels of boxes must have 32, 64 or 128 bytes.
     """
     if not copies_boxes(device) or problem.aligned < 16:
         return None
@@ -101,7 +103,7 @@ def forward_maps(
     ) -> TensorMap:
         # Of one element, any stride will do.
         first, second, third = (s * size if n > 1 else 16 for n, s in zip(sizes[1:], strides, strict=True))
-        return TensorMap(operand, sizes, (first, second, third), box, size, box[0] * size)
+        return TensorMap(operand, sizes, (first, second, third), box, size, box[0] * size * swizzled)
 
     found = (
         tensor_map(0, (problem.channels, width, problem.batch, height), (column, image, row), x_box),
@@ -127,5 +129,5 @@ def _is_legal(found: TensorMap) -> bool:
         and found.box[0] * found.element_bytes % 16 == 0
         and found.swizzle in (0, 32, 64, 128)
         and max(found.box) <= MOST
-        and max(found.sizes) < 2**31
+        and 0 < min(found.sizes) <= max(found.sizes) < 2**31
     )

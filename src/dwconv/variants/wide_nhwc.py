@@ -15,9 +15,11 @@ from .strips import reached, too_long, window_columns
 from .wide_rows import (
     Cut,
     Tile,
+    boxed,
     clocks_for_all,
     cut,
     load_bytes,
+    maps,
     march_clocks,
     narrow,
     span,
@@ -39,7 +41,8 @@ class WideNhwc(Variant):
     )
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
-        for tile in tiles(problem, device):
+        offered = (each for tile in tiles(problem, device) for each in boxed(problem, device, tile))
+        for tile in dict.fromkeys(offered):
             yield self.plan(problem, device, tile)
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
@@ -60,12 +63,6 @@ class WideNhwc(Variant):
         column = problem.plane_strides[3]
         if tile.vector > 1 and (not tile.march or vector_of(problem, tile.vector) < tile.vector):
             return rejected(f"{tile.vector} channels of a thread are no vector of each pixel")
-        if tile.bulk and (
-            device.sm < 90
-            or not tile.channels == problem.channels == problem.out_channels == column
-            or load_bytes(problem, tile) < 16
-        ):
-            return rejected("bulk copies take sm_90 and whole rows of whole pixels, of 16 bytes or multiples of that")
         if max(4 * column * tile.threads, 2 * (problem.out_size[1] + 64) * problem.out_channels) >= 2**31:
             return rejected("rows of y, or columns of x, are too far apart for 32-bit offsets")
         if tile.channels // tile.vector > tile.threads or -(-problem.out_channels // tile.channels) >= 2**31:
@@ -75,13 +72,19 @@ class WideNhwc(Variant):
             return rejected(f"filter and rows of a block take more than {device.shared_bytes - 1024} bytes")
         if one.rows + one.part_rows >= 2**31 or one.chunks * one.column_strips * one.parts > GRID_X_LIMIT:
             return rejected("there are too many rows to number them in 31 bits")
+        found = maps(problem, device, tile, one) if tile.boxes else ()
+        if found is None:
+            return rejected(f"{device.arch} copies no such rows at once")
         constants = problem_constants(problem) | {
             "THREADS": tile.threads,
             "MIN_BLOCKS": tile.min_blocks,
             "MARCH": int(tile.march),
             "CHANNELS": tile.channels,
             "VECTOR": tile.vector,
-            "BULK": int(tile.bulk),
+            "BOXES": one.boxes if tile.boxes else 0,
+            "BOX_COLUMNS": one.box_columns if tile.boxes and one.boxes > 1 else 0,
+            "OUT_BOXES": int(tile.out_boxes),
+            "EVICT_FIRST": int(tile.evict_first),
             "CACHED": int(tile.cached),
             "COLUMNS": tile.columns,
             "ROWS": tile.rows,
@@ -119,6 +122,7 @@ class WideNhwc(Variant):
             ),
             tile=f"{tile}, {one.slots} images × {one.groups} groups, {one.part_rows} rows a block",
             predicted_seconds=seconds(problem, device, tile, one),
+            maps=found,
         )
 
 
@@ -189,9 +193,9 @@ def measured_marches(problem: DepthwiseProblem) -> Iterator[Tile]:
     if problem.taps > 25 and not half:
         if width > 7 and 32 < channels <= 192:  # whole pixels
             threads = 192 // channels * channels
-            yield Tile(True, channels, 7, threads=threads, stage_rows=3 if channels <= 96 else 2, bulk=True)
+            yield Tile(True, channels, 7, threads=threads, stage_rows=3 if channels <= 96 else 2)
         elif width > 7 and 192 < channels <= 384:
-            yield Tile(True, channels, 7, threads=384 // channels * channels, min_blocks=1, bulk=True)
+            yield Tile(True, channels, 7, threads=384 // channels * channels, min_blocks=1)
         if problem.batch <= 4:
             yield Tile(True, 32, 7, threads=64, min_blocks=5, cached=True)
     elif problem.taps <= 9 and vector > 1 and half and max(problem.stride) == 1:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
-from .strips import reached, window_columns
+from .boxes import MOST, Maps, forward_maps
+from .strips import divided, reached, up, window_columns
 
+BOX_BYTES = 128  # boxes in shared memory begin at multiples of that
+GATE_BYTES = 128  # before stages that boxes fill
+MOST_BLOCKS = 8  # of a multiprocessor, that are worth it
 NARROW = 8  # images of so few columns are compiled for: at 7x7 on 7x7, 12 of 49 products are with padding
 
 
@@ -19,7 +24,9 @@ class Tile:
         march: the filter is in registers, and the sums move on row by row; else it is read from shared memory.
         channels: output channels of a block.
         vector: neighbouring channels of a thread; more than one is the march's.
-        bulk: a block takes whole pixels, and one thread has their rows copied (sm_90 and newer).
+        boxes: rows of x come as boxes of a tensor, a stage by one instruction (sm_90 and newer).
+        out_boxes: the outputs of a warp leave as a box of y; where rows of x come as boxes.
+        evict_first: what boxes bring leaves L2 before all else.
         rows: output rows of a thread, all at once; of no meaning to the march.
         taps: of a filter row that are in registers at a time; of no meaning to the march.
         threads: of a block, at most.
@@ -29,7 +36,7 @@ class Tile:
             are shared out among all blocks that the device holds at a time, others' are about a quarter of that.
         min_blocks: blocks that a multiprocessor must hold, which limits a thread's registers; 1 leaves that to ptxas.
         cached: copies go through L1. Past it, they fetch twice the sectors; but blocks whose shared memory leaves it
-            little fetch them again. Bulk copies do neither.
+            little fetch them again. Boxes do neither.
         slower: measured time over that of a copy, where memory is the limit; 0: unknown.
         share_out: outputs are gathered in shared memory, to leave as vectors of 16 bytes.
     """
@@ -46,14 +53,17 @@ class Tile:
     min_blocks: int = 2
     share_out: bool = True
     vector: int = 1
-    bulk: bool = False
+    boxes: bool = False
+    out_boxes: bool = False
+    evict_first: bool = False
     cached: bool = False
     slower: float = 0.0
 
     def __str__(self) -> str:
         how = "filter in registers" if self.march else f"{self.rows} rows, {self.taps} taps at a time"
-        if self.bulk:
-            how += ", bulk copies"
+        if self.boxes:
+            how += ", boxes of x and y" if self.out_boxes else ", boxes of x"
+            how += " that leave L2 first" if self.evict_first else ""
         least = f", {self.min_blocks} blocks or more" if self.min_blocks > 1 else ""
         return (
             f"{self.columns} columns × {self.vector} channels a lane, {self.channels} channels, {how}, "
@@ -69,6 +79,7 @@ class Cut:
         groups: groups of columns of an image that a block works on.
         slots: images that it works on.
         columns, skipped: of x that are kept in shared memory, and those left of them that nothing reads.
+        boxes, box_columns: of a row of x that come as boxes side by side; of each.
         chunks: of channels.
         column_strips: of an image.
         unit_rows: output rows of an image that a block makes in one go, at most.
@@ -83,6 +94,8 @@ class Cut:
     slots: int
     columns: int
     skipped: int
+    boxes: int
+    box_columns: int
     chunks: int
     column_strips: int
     unit_rows: int
@@ -133,6 +146,62 @@ def store_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
     return 16 if whole and size < 8 and tile.share_out and not problem.epilogue.residual else size
 
 
+def maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> Maps | None:
+    """x and y with a tile's stages and the outputs of its warps as boxes; None where the copy engine can't copy those.
+
+    Lanes store where `out_boxes` isn't set; then boxes of y are of no meaning.
+    """
+    lanes = tile.channels // tile.vector
+    if tile.channels % problem.multiplier or lanes * one.groups * one.slots < 32:
+        return None  # a whole warp elects the lane that sends
+    if one.boxes > 1 and (one.slots > 1 or tile.stage_rows > 1):
+        return None
+    x_box = (tile.channels // problem.multiplier, one.box_columns, one.slots, tile.stage_rows)
+    y_box = (16 // problem.element_bytes, 1, 1, 1)
+    if tile.out_boxes:
+        of_warp, aside = min(lanes, 32), max(1, 32 // lanes)
+        columns, images = min(aside, one.groups), max(1, aside // one.groups)
+        whole = 32 % of_warp == 0 == lanes % of_warp and one.groups % columns == 0 == one.slots % images
+        if problem.epilogue.residual or not whole or columns * images != aside:
+            return None
+        y_box = (of_warp * tile.vector, columns * tile.columns, images, 1)
+    return forward_maps(problem, device, False, x_box, y_box, swizzled=False)
+
+
+def with_boxes(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Tile:
+    """The tile with rows of x, and if possible of y, as boxes; itself where the copy engine can't copy them."""
+    for boxed in (replace(tile, boxes=True, out_boxes=True), replace(tile, boxes=True)):
+        one = cut(problem, device, boxed)
+        if one is not None and maps(problem, device, boxed, one) is not None:
+            return boxed
+    return tile
+
+
+def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Tile]:
+    """The tile with boxes, and the march also with as many blocks as its fewer registers let a multiprocessor hold.
+
+    In 16 bits with a stride, where loads and conversions are a third of all instructions, two channels a lane, too.
+    """
+    found = with_boxes(problem, device, tile)
+    if not found.boxes or not found.march:
+        return [found]
+    live = -(-problem.filter[0] // problem.stride[0])
+
+    def full(tile: Tile) -> Tile:
+        needed = tile.vector * (problem.taps + live * tile.columns + window_columns(problem, tile.columns))
+        registers = up(needed + 16 + 4 * tile.vector, 8)  # with what ptxas needs beside them (sm_90, NVRTC 13.0)
+        blocks = min(device.registers // (up(tile.threads, 128) * registers), MOST_BLOCKS)
+        return replace(tile, min_blocks=max(1, blocks))
+
+    several = [found]
+    if full(found).min_blocks > found.min_blocks:
+        several.append(full(found))
+    if problem.element_bytes == 2 and max(problem.stride) > 1 and tile.vector == 1 and vector_of(problem, 2) == 2:
+        pairs = [replace(tile, vector=2, columns=columns) for columns in (tile.columns, 4) if tile.channels % 2 == 0]
+        several += [full(each) for each in (with_boxes(problem, device, pair) for pair in pairs) if each.boxes]
+    return several
+
+
 def span(problem: DepthwiseProblem, tile: Tile, taps: int) -> int:
     """Columns from the first to the last that a lane reads for so many taps of a row."""
     return (tile.columns - 1) * problem.stride[1] + (taps - 1) * problem.dilation[1] + 1
@@ -148,6 +217,15 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
     column_strips = -(-needed // most)
     groups = -(-needed // column_strips)
     slots = min(most // groups, max(1, problem.batch)) if column_strips == 1 else 1
+    step = 1  # of slots: boxes of y take whole warps
+    if tile.out_boxes:
+        aside = max(1, 32 // lanes)
+        if groups > aside:
+            groups = max(aside, min(up(groups, aside), most // aside * aside))
+            column_strips = -(-needed // groups)
+        step = max(1, aside // groups)
+        if slots > 1:
+            slots = max(step, min(up(slots, step), most // groups // step * step))
     unit_rows = height if tile.march else min(tile.rows, height)
     chunks = -(-problem.out_channels // tile.channels)
 
@@ -163,20 +241,32 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
     staged, rest = divmod(tile.channels, problem.multiplier)
     if rest:
         staged = (tile.channels + problem.multiplier - 2) // problem.multiplier + 1
+    boxes, box_columns = divided(columns, MOST), columns
+    if boxes > 1 and tile.boxes:  # which begin at multiples of BOX_BYTES
+        box_columns = up(divided(columns, boxes), BOX_BYTES // math.gcd(BOX_BYTES, staged * size))
+        columns = boxes * box_columns
     if tile.march:
         filter_bytes = -(-tile.channels * problem.taps * size // 16) * 16
     else:
         filter_bytes = problem.filter[0] * -(-problem.filter[1] * problem.sum_bytes // 16) * 16 * tile.channels
     copies = -(-columns // max(1, groups * lanes * load_bytes(problem, tile) // (staged * size)))
     while True:
-        out_bytes = tile.channels * groups * slots * tile.columns * size if store_bytes(problem, tile) == 16 else 0
-        row_bytes = -(-slots * columns * staged * size // 16) * 16
-        shared_bytes = tile.stages * tile.stage_rows * row_bytes + filter_bytes + out_bytes + (64 if tile.bulk else 0)
+        row_bytes = up(slots * columns * staged * size, 16)
+        stage_bytes, gates = tile.stage_rows * row_bytes, 0
+        if tile.boxes:
+            stage_bytes, gates = up(stage_bytes, BOX_BYTES), GATE_BYTES
+        warp_bytes = 32 * tile.vector * tile.columns * size
+        if tile.out_boxes:
+            warp_bytes = up(warp_bytes, BOX_BYTES)
+        elif store_bytes(problem, tile) < 16:
+            warp_bytes = 0
+        out_bytes = divided(lanes * groups * slots, 32) * warp_bytes
+        shared_bytes = tile.stages * stage_bytes + filter_bytes + out_bytes + gates
         if shared_bytes <= device.shared_bytes - 1024:
             break
-        if slots == 1:
+        if slots <= step:
             return None
-        slots -= 1
+        slots -= step
 
     warps = -(-lanes * groups * slots // 32)
     resident = max(1, min(device.shared_bytes // (shared_bytes + 1024), device.threads // (32 * warps)))
@@ -201,6 +291,8 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
         slots=slots,
         columns=columns,
         skipped=skipped,
+        boxes=boxes,
+        box_columns=box_columns,
         chunks=chunks,
         column_strips=column_strips,
         unit_rows=unit_rows,
@@ -253,7 +345,7 @@ def march_clocks(
             tile.columns,
         )
     in_row = taps * tile.columns * tile.vector / problem.stride[0]
-    in_row += span(problem, tile, problem.filter[1]) * (1 + converts) + (25 if tile.bulk else 45)
+    in_row += span(problem, tile, problem.filter[1]) * (1 + converts) + (25 if tile.boxes else 45)
     out_row = tile.columns * ((2 if store_bytes(problem, tile) == 16 else 3) + converts) + 20
     block = most_in_rows(problem, rows, part_rows) * in_row + part_rows * out_row + 6 * problem.taps + 300
     full, rest = divmod(-(-columns * -(-rows // part_rows) // device.multiprocessors), resident)
