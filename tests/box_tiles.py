@@ -112,7 +112,7 @@ WIDE = [
     (forward(2, 8, (1, 600), (1, 3), padding=(0, (2, 0)), dtype="float16"), stay(8, 8, 1, 4, threads=64, stages=2)),
     # a crop of some channels, a multiplier, epilogues
     (forward(2, 32, (7, 8), 7, padding=3, x_strides=(9 * 9 * 48, 1, 9 * 48, 48)), march(32, 4, threads=64)),
-    (forward(2, 24, (9, 8), 5, padding=2, multiplier=2), march(32, 4, threads=64, evict_first=True)),
+    (forward(2, 24, (9, 8), 5, padding=2, multiplier=2), march(32, 4, threads=64)),
     (
         forward(2, 64, (9, 8), 3, padding=1, epilogue=Epilogue("silu", scale=True, shift=True), dtype="float16"),
         march(64, 7, threads=64, vector=2),

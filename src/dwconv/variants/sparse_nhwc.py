@@ -73,16 +73,10 @@ class SparseNhwc(Variant):
         if problem.taps < 9:
             yield Rejection(self.stem, "", "few taps are multiplied faster one by one")
             return
-        if max(problem.stride) > 1 and problem.taps < 25:
-            yield Rejection(self.stem, "", "with strides, few taps leave most of a product empty")
+        if max(problem.stride) > 1 and (problem.taps < 25 or problem.out_size[1] < 16):
+            yield Rejection(self.stem, "", "with strides, few taps or narrow images leave most of a product empty")
             return
-        tiles = list(self.tiles(problem))
-        if max(problem.stride) > 1 and problem.out_size[1] < 16:
-            tiles = [tile for tile in tiles if tile.boxes]  # pieces of narrow images are copied too slowly
-        found = [self.plan(problem, device, tile) for tile in tiles]
-        if not found:
-            yield Rejection(self.stem, "", "with strides, sequences shorter than 16 outputs leave products empty")
-            return
+        found = [self.plan(problem, device, tile) for tile in self.tiles(problem)]
         # Boxes serve more sizes with the same kernel, so that a stream of sizes compiles few.
         yield min(legal(found), key=lambda plan: plan.predicted_seconds * (1 if plan.maps else 1.05), default=found[-1])
 

@@ -84,7 +84,6 @@ class WideNhwc(Variant):
             "BOXES": one.boxes if tile.boxes else 0,
             "BOX_COLUMNS": one.box_columns if tile.boxes and one.boxes > 1 else 0,
             "OUT_BOXES": int(tile.out_boxes),
-            "EVICT_FIRST": int(tile.evict_first),
             "CACHED": int(tile.cached),
             "COLUMNS": tile.columns,
             "ROWS": tile.rows,
@@ -260,7 +259,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     # Chunks that share lines of 128 bytes, and blocks that march side by side through wide images, cost bandwidth.
     pixel, chunk = problem.out_channels * problem.element_bytes, tile.channels * problem.element_bytes
     scattered = 1.6 if pixel < 32 else 1.1 if one.chunks == 1 else 1.4 if pixel % 128 else 1.3 if chunk % 128 else 1.08
-    scattered += 0.12 if tile.march and one.column_strips > 4 else 0.0
+    scattered += (0.12 if one.chunks == 1 else 0.18) if tile.march and one.column_strips > 4 else 0.0
     memory = (tile.slower or scattered) * (roofline(problem, device).copy - LAUNCH_SECONDS)
     if problem.element_bytes == 2 and problem.taps > 9 and max(problem.stride) > 1:
         issue, memory = 1.35 * issue, 1.35 * memory  # measured so at 5x5; loads of two bytes are part of it

@@ -13,6 +13,9 @@ from .strips import divided, reached, up, window_columns
 BOX_BYTES = 128  # boxes in shared memory begin at multiples of that
 GATE_BYTES = 128  # before stages that boxes fill
 MOST_BLOCKS = 8  # of a multiprocessor, that are worth it
+SHORT_ROWS = 14  # of outputs; of longer ones, more blocks scatter what is read
+FEW_TAPS = 512  # of filters in shared memory, up to which outputs as boxes are faster
+LONG_FILTER = 64  # of sequences
 NARROW = 8  # images of so few columns are compiled for: at 7x7 on 7x7, 12 of 49 products are with padding
 
 
@@ -26,7 +29,6 @@ class Tile:
         vector: neighbouring channels of a thread; more than one is the march's.
         boxes: rows of x come as boxes of a tensor, a stage by one instruction (sm_90 and newer).
         out_boxes: the outputs of a warp leave as a box of y; where rows of x come as boxes.
-        evict_first: what boxes bring leaves L2 before all else.
         rows: output rows of a thread, all at once; of no meaning to the march.
         taps: of a filter row that are in registers at a time; of no meaning to the march.
         threads: of a block, at most.
@@ -55,7 +57,6 @@ class Tile:
     vector: int = 1
     boxes: bool = False
     out_boxes: bool = False
-    evict_first: bool = False
     cached: bool = False
     slower: float = 0.0
 
@@ -63,7 +64,6 @@ class Tile:
         how = "filter in registers" if self.march else f"{self.rows} rows, {self.taps} taps at a time"
         if self.boxes:
             how += ", boxes of x and y" if self.out_boxes else ", boxes of x"
-            how += " that leave L2 first" if self.evict_first else ""
         least = f", {self.min_blocks} blocks or more" if self.min_blocks > 1 else ""
         return (
             f"{self.columns} columns × {self.vector} channels a lane, {self.channels} channels, {how}, "
@@ -170,19 +170,32 @@ def maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) ->
 
 def with_boxes(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Tile:
     """The tile with rows of x, and if possible of y, as boxes; itself where the copy engine can't copy them."""
-    for boxed in (replace(tile, boxes=True, out_boxes=True), replace(tile, boxes=True)):
+    out_boxes = tile.march or problem.taps <= FEW_TAPS
+    for boxed in (replace(tile, boxes=True, out_boxes=out_boxes), replace(tile, boxes=True)):
         one = cut(problem, device, boxed)
         if one is not None and maps(problem, device, boxed, one) is not None:
             return boxed
     return tile
 
 
+def slow_as_boxes(problem: DepthwiseProblem, tile: Tile) -> bool:
+    """Whether lanes' copies were faster (H200, 2026-11): of pixels that share sectors of 32 bytes (5×5 with a stride on
+    72 channels of float16: 0.76, not 0.66), or lines, of float32, where multiply-adds are few (5×5 on 120 channels:
+    0.99, not 0.94); of sequences of float32 with long filters (0.95, not 0.91).
+    """
+    pixel, single = problem.channels * problem.element_bytes, problem.element_bytes == 4
+    if not tile.march:
+        return single and problem.filter[1] > LONG_FILTER
+    return pixel % 32 > 0 or (single and pixel % 128 > 0 and max(problem.stride) == 1 and problem.taps <= 25)
+
+
 def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Tile]:
-    """The tile with boxes, and the march also with as many blocks as its fewer registers let a multiprocessor hold.
+    """The tile with boxes, and of narrow images the march also with as many blocks as its fewer registers let a
+    multiprocessor hold; itself where lanes' copies are faster.
 
     In 16 bits with a stride, where loads and conversions are a third of all instructions, two channels a lane, too.
     """
-    found = with_boxes(problem, device, tile)
+    found = tile if slow_as_boxes(problem, tile) else with_boxes(problem, device, tile)
     if not found.boxes or not found.march:
         return [found]
     live = -(-problem.filter[0] // problem.stride[0])
@@ -194,11 +207,12 @@ def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Til
         return replace(tile, min_blocks=max(1, blocks))
 
     several = [found]
-    if full(found).min_blocks > found.min_blocks:
+    if problem.out_size[1] <= SHORT_ROWS and full(found).min_blocks > found.min_blocks:
         several.append(full(found))
-    if problem.element_bytes == 2 and max(problem.stride) > 1 and tile.vector == 1 and vector_of(problem, 2) == 2:
-        pairs = [replace(tile, vector=2, columns=columns) for columns in (tile.columns, 4) if tile.channels % 2 == 0]
-        several += [full(each) for each in (with_boxes(problem, device, pair) for pair in pairs) if each.boxes]
+    strided = problem.element_bytes == 2 and max(problem.stride) > 1
+    if strided and tile.vector == 1 and tile.channels % 2 == 0 and vector_of(problem, 2) == 2:
+        pair = with_boxes(problem, device, replace(tile, vector=2))
+        several += [full(pair)] if pair.boxes else []
     return several
 
 
