@@ -8,6 +8,8 @@ from dwconv.device import DeviceSpec
 from dwconv.plan import Plan
 from dwconv.problem import Epilogue
 from dwconv.variants.boxes import copies_boxes
+from dwconv.variants.sparse_nhwc import SparseNhwc
+from dwconv.variants.sparse_rows import Tile as SparseTile
 from dwconv.variants.taps_lines_tiles import Tile as LineTile
 from dwconv.variants.taps_nhwc import TapsNhwc
 from dwconv.variants.taps_nhwc_tiles import Tile as RowTile
@@ -125,11 +127,31 @@ WIDE = [
 ]
 
 
-def wide_box_plans(device: DeviceSpec) -> list[Plan]:
-    """The plans of WIDE; none where the device has no copy engine."""
+# Of sparse_nhwc: chunks of channels that are narrower than boxes or don't exist, several images, strips, strides.
+half = partial(forward, dtype="float16")
+brain = partial(forward, dtype="bfloat16")
+steps = partial(SparseTile, tiles=1, boxes=True)
+SPARSE_ROWS = [
+    (half(3, 40, (9, 28), 7, padding=3, bias=True), steps(8, 2, stages=4, rows=2)),
+    (brain(5, 72, (14, 14), 5, padding=2), steps(6, 4, stages=4, rows=2)),
+    (half(2, 24, (5, 130), (3, 7), padding=(1, 3)), steps(3, 4, stages=3, rows=4)),
+    (half(2, 40, (17, 30), 5, stride=2, padding=2, bias=True), steps(5, 4, stages=6, rows=2)),
+    (brain(1, 64, (12, 29), 3, padding=1, x_strides=(12 * 29 * 80, 1, 29 * 80, 80)), steps(16, 2, stages=8, rows=1)),
+    (
+        brain(19, 40, (7, 7), 7, padding=3, epilogue=Epilogue("silu", scale=True, shift=True, residual=True)),
+        steps(8, 2, stages=3, rows=7, whole=True),
+    ),
+    (half(3, 16, (30, 13), (17, 3), padding=(8, 1)), steps(8, 1, stages=4, rows=2, turned=True)),
+    (half(2, 16, (1, 100), (1, 31), padding=(0, 15), bias=True), steps(4, 2, stages=6, rows=1)),
+]
+
+
+def forward_box_plans(device: DeviceSpec) -> list[Plan]:
+    """The plans of WIDE and SPARSE_ROWS; none where the device has no copy engine."""
     if not copies_boxes(device):
         return []
     found = [WideNhwc().plan(given, device, tile) for given, tile in WIDE]
+    found += [SparseNhwc().plan(given, device, tile) for given, tile in SPARSE_ROWS]
     assert all(isinstance(plan, Plan) and plan.maps for plan in found), found
     return found
 

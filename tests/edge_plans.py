@@ -8,7 +8,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from box_tiles import wide_box_plans
+from box_tiles import forward_box_plans
 from dwconv.choose import candidates
 from dwconv.device import DeviceSpec
 from dwconv.plan import Plan
@@ -78,7 +78,7 @@ def tile_plans(device: DeviceSpec) -> list[Plan]:
         for stem, variant in REGISTRY.items():
             plans = [] if stem in PLAIN or variant.unsupported(lifted) else variant.every_plan(lifted, device)
             found += plans[:: max(1, -(-len(plans) // MOST_TILES))]
-    return found + wide_box_plans(device)
+    return found + forward_box_plans(device)
 
 
 def plan_id(plan: Plan) -> str:

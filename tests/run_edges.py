@@ -10,7 +10,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
-from box_tiles import box_plans, wide_box_plans  # noqa: E402
+from box_tiles import box_plans, forward_box_plans  # noqa: E402
 from dwconv.compile import compile_many, compile_plan  # noqa: E402
 from dwconv.launch import device_spec, launch, launch_filter_gradient  # noqa: E402
 from edge_plans import chosen_plans  # noqa: E402
@@ -22,7 +22,7 @@ from problems import (  # noqa: E402
     make_output,
 )
 
-plans = chosen_plans(device_spec(0), most=4) + wide_box_plans(device_spec(0))
+plans = chosen_plans(device_spec(0), most=4) + forward_box_plans(device_spec(0))
 gradients = [plan for way in ("grad_input", "grad_weight") for plan in chosen_plans(device_spec(0), 2, way)]
 gradients += box_plans(device_spec(0))
 compile_many(plans + gradients)
