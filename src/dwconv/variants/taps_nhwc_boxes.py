@@ -17,6 +17,7 @@ from .taps_nhwc_tiles import Tile, cut, lane_registers
 BOX_WARPS = ((8, 1), (10, 1), (12, 1), (14, 1), (16, 1), (6, 2), (8, 2))
 BOX_STAGES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))  # stages, and steps of each
 FEW_LINES = 2  # of L2, of a pixel
+LONG, FEW_TAPS = 28, 25  # rows of a march, taps of a lane: stages of two steps pay where there are more (H200, 2026-11)
 
 
 def tensor_maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Maps | None:
@@ -56,4 +57,8 @@ def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Til
         replace(tile, boxes=True, warps=warps, min_blocks=blocks, stages=stages, stage_steps=steps)
         for (warps, blocks), (stages, steps) in product(warps_of or [(tile.warps, tile.min_blocks)], BOX_STAGES)
     ]
-    return [each for each in tiles if each.stage_steps == 1 or tensor_maps(problem, device, each) is not None]
+    along, _ = axes(planar(problem), tile.turned)
+    several = along.stride == 1 and (along.out >= LONG or tile.taps[0] * tile.taps[1] > FEW_TAPS)
+    return [
+        each for each in tiles if each.stage_steps == 1 or (several and tensor_maps(problem, device, each) is not None)
+    ]
