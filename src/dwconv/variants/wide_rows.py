@@ -170,7 +170,9 @@ def maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) ->
 
 def with_boxes(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Tile:
     """The tile with rows of x, and if possible of y, as boxes; itself where the copy engine can't copy them."""
-    out_boxes = tile.march or problem.taps <= FEW_TAPS
+    # Outputs of whole pixels with many taps leave faster from lanes: 7×7 on 96 and 192 channels 0.84, not 0.82.
+    whole = tile.march and problem.taps > 25 and 32 < tile.channels == problem.out_channels
+    out_boxes = (tile.march or problem.taps <= FEW_TAPS) and not whole
     for boxed in (replace(tile, boxes=True, out_boxes=out_boxes), replace(tile, boxes=True)):
         one = cut(problem, device, boxed)
         if one is not None and maps(problem, device, boxed, one) is not None:
