@@ -181,14 +181,20 @@ def with_boxes(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Til
 
 
 def slow_as_boxes(problem: DepthwiseProblem, tile: Tile) -> bool:
-    """Whether lanes' copies were faster (H200, 2026-11): of pixels that share sectors of 32 bytes (5×5 with a stride on
-    72 channels of float16: 0.76, not 0.66), or lines, of float32, where multiply-adds are few (5×5 on 120 channels:
-    0.99, not 0.94); of sequences of float32 with long filters (0.95, not 0.91).
+    """Whether lanes' copies were faster (H200, 2026-11).
+
+    So of pixels that share sectors of 32 bytes (5×5 with a stride on 72 channels of float16: 0.76, not 0.66), of few
+    bytes (3×3 on 32: 0.91, not 0.89), or, of float32, that share lines where multiply-adds are few (5×5 on 120: 0.99,
+    not 0.94); and of sequences of float32 with long filters (0.95, not 0.91).
     """
     pixel, single = problem.channels * problem.element_bytes, problem.element_bytes == 4
     if not tile.march:
         return single and problem.filter[1] > LONG_FILTER
-    return pixel % 32 > 0 or (single and pixel % 128 > 0 and max(problem.stride) == 1 and problem.taps <= 25)
+    return (
+        pixel % 32 > 0
+        or pixel < BOX_BYTES
+        or (single and pixel % 128 > 0 and max(problem.stride) == 1 and problem.taps <= 25)
+    )
 
 
 def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Tile]:
