@@ -30,7 +30,8 @@ __device__ __forceinline__ void one_tap_per_block(const FilterGradients<typename
     const long long channel_step = C::kChannelsLast ? 1 : outputs;
     const T* const x = tensors.x + channel / C::kMultiplier * sizes.x_channel;
     const T* const g = tensors.g + channel * channel_step;
-    Sum sum = 0, total = 0;  // of up to kNear rows, of all before: long sums round less this way
+    Sum sum = 0;       // of up to kNear rows
+    double total = 0;  // of all before: long sums of float32 would round more than PyTorch's
     // A warp takes every kWarps-th row of outputs, its lanes every 32nd column.
     constexpr int kWarps = C::kThreads / 32;
     constexpr int kNear = 16;
@@ -65,7 +66,7 @@ __device__ __forceinline__ void one_tap_per_block(const FilterGradients<typename
                 sum += factor * static_cast<Sum>(load_one(x_line + j * sizes.x_column));
         }
     }
-    Sum* const sums = shared_memory<Sum>();
+    double* const sums = shared_memory<double>();
     sums[threadIdx.x] = total + sum;
 #pragma unroll
     for (int half = C::kThreads / 2; half > 0; half /= 2) {
@@ -74,9 +75,9 @@ __device__ __forceinline__ void one_tap_per_block(const FilterGradients<typename
     }
     if (threadIdx.x != 0) return;
     if (is_bias)
-        tensors.db[channel] = static_cast<T>(sums[0]);
+        tensors.db[channel] = static_cast<T>(static_cast<Sum>(sums[0]));
     else
-        tensors.dw[channel * kTaps + tap] = static_cast<T>(sums[0]);
+        tensors.dw[channel * kTaps + tap] = static_cast<T>(static_cast<Sum>(sums[0]));
 }
 
 }  // namespace dwconv
