@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "nvidia_h200"
 # What stands beside dwconv.conv2d, and how the table calls it. The plain variants show what the fast one gains.
 BESIDE = {EAGER: "PyTorch", "compile": "torch.compile", "tile16": "tile16", "one_per_thread": "one_per_thread"}
 NONE = "–"
+MOST_COMMANDS = 2  # that a caption repeats
 
 
 def problem_cells(case: CaseResult) -> tuple[str, str]:
@@ -128,8 +129,9 @@ def conditions(report: Report, beside: list[str], source: str) -> str:
     directions = _listed([case.problem.direction for case in report.cases])
     where = report.conditions
     # where the report went, and in how many parts it was taken, decides no figure
-    command = re.sub(r" --(json|markdown|shard) \S+", "", where.command)
-    command = _listed(list(dict.fromkeys(command.split("; "))), "`")
+    commands = re.sub(r" --(json|markdown|shard) [^\s;]+", "", where.command).split("; ")
+    few = len(set(commands)) <= MOST_COMMANDS
+    command = _listed(commands, "`") if few else "the commands that it names"
     device = (
         f"{where.device}, driver {where.driver}, torch {where.torch}, dwconv {where.dwconv}, {where.date.split('T')[0]}"
     )

@@ -155,7 +155,7 @@ def numbers_of(variant: LinesVariant, tile: Tile, one: Cut, plan: Plan) -> dict[
     if not tile.boxes:
         of_both |= {"W::XPieces::kCopies": one.layout.x_pieces, "W::GPieces::kCopies": one.layout.g_pieces}
     else:
-        chunks = [each.box[2 if tile.turned else 1] // 8 for each in plan.maps]
+        chunks = [each.box[1] // 8 for each in plan.maps]
         of_both |= {"W::kXBoxChunks": chunks[0], "W::kGBoxChunks": chunks[1]}
     if variant is MATRIX:
         return of_both | {

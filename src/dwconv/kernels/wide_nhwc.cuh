@@ -8,9 +8,8 @@
 //     by one output row as they are added to. Otherwise: sums of kRows output rows stay where they are, and the filter
 //     is read from shared memory, kTaps taps of a row at a time, each of them for kColumns products.
 //   kBoxes: rows of x come as boxes of a tensor; kOutBoxes: rows of y leave as such, too.
-//   shared memory: gates of stages, x [kStages][kStageRows][slots][columns][channels] as in memory, outputs of each
-//   warp
-//     on their way out, [kColumns][32] or as a box of y is, and the filter ([KH][KW/4][kChannels][4] as Sum, for the
+//   shared memory: gates of stages; x [kStages][kStageRows][slots][columns][channels] as in memory; outputs of each
+//     warp on their way out, [kColumns][32] or as a box of y is; the filter ([KH][KW/4][kChannels][4] as Sum, for the
 //     march [kChannels][KH*KW] as in memory)
 //   grid.x = chunks of kChannels channels * strips of columns * parts of all output rows, chunk fastest
 //   least DRAM traffic: x + w + y, once each; halos between units come from L2
