@@ -70,6 +70,7 @@ def test_the_maps_of_what_is_read_and_of_what_is_written():
     assert (x.box, x.swizzle) == ((64, 9, 2, 3), 128)
     assert (y.operand, y.sizes, y.strides) == (3, (48, 10, 2, 9), (96, 8640, 960))
     assert (y.box, y.swizzle) == ((32, 7, 1, 1), 64)
+    assert forward_maps(given, H200, False, (64, 9, 2, 3)) == (x,)  # y has no boxes
     x, y = forward_maps(turned(given), H200, True, (64, 9, 2, 3), (32, 7, 1, 1))
     assert (x.sizes, x.strides) == ((48, 9, 2, 20), (1920, 17280, 96))
     assert (y.sizes, y.strides) == ((48, 9, 2, 10), (960, 8640, 96))

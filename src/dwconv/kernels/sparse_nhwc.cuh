@@ -9,9 +9,8 @@
 //   row here is a column in memory; that serves tall filters.
 //   kWhole: a step takes all rows of small images.
 //   kBoxes: the copy engine brings all rows of a step, of kXChannels channels.
-//   shared memory: x [kStages][kRows][slots][width][kXChannels]; results [2][rows of a
-//   step][groups][kPitch][kChannels],
-//     and filters, spread, before the march; gates; steps
+//   shared memory: x [kStages][kRows][slots][width][kXChannels]; results [2][kOutputs][groups][kPitch]
+//     [kChannels], and filters, spread, before the march; gates; steps
 //   grid.x = chunks of kChannels channels * strips of columns * parts of all output rows, chunk fastest
 //   least DRAM traffic: x + w + y, once each; rows around a part's ends and columns between strips come from L2
 #pragma once

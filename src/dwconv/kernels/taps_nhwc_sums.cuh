@@ -4,18 +4,6 @@
 
 namespace dwconv {
 
-// Two bfloat16 as floats, by an instruction each. In C++ compilers take three for the second one, or convert again for
-// each row of taps (sm_90, NVRTC 13.0).
-__device__ __forceinline__ void upper_and_lower(unsigned bits, float& lower, float& upper) {
-#ifdef DWCONV_EMULATOR
-    lower = __uint_as_float(bits << 16);
-    upper = __uint_as_float(bits & 0xffff0000u);
-#else
-    asm volatile("shl.b32 %0, %1, 16;" : "=f"(lower) : "r"(bits));
-    asm volatile("and.b32 %0, %1, 0xffff0000;" : "=f"(upper) : "r"(bits));
-#endif
-}
-
 template <class T>
 constexpr bool kIsBFloat16 = false;
 template <>
@@ -30,7 +18,7 @@ __device__ __forceinline__ void read_channels(const typename C::Element* at, Sum
     } both;
     both.bits = *reinterpret_cast<const decltype(both.bits)*>(at);
     if constexpr (Width == 2 && kIsBFloat16<typename C::Element>) {
-        upper_and_lower(both.bits, values[0], values[1]);
+        read_pair<typename C::Element>(both.bits, values[0], values[1]);
     } else {
 #pragma unroll
         for (int e = 0; e < Width; ++e) values[e] = static_cast<Sum>(both.vector.element[e]);

@@ -23,7 +23,10 @@ struct GradientMaps {
     TensorMap x, g;
 };
 
-// The same of what is read and what is written: x and y.
+// The same of what is read, and of what is written, too: x, and y.
+struct InputMap {
+    TensorMap x;
+};
 struct ForwardMaps {
     TensorMap x, y;
 };
@@ -119,13 +122,6 @@ __device__ __forceinline__ void store_box(const TensorMap& map, const void* from
 __device__ __forceinline__ void wait_until_stores_are_read() {
 #if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
-}
-
-// The same: they are in the tensor.
-__device__ __forceinline__ void wait_until_stores_are_made() {
-#if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }
 

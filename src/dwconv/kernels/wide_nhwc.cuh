@@ -264,8 +264,11 @@ struct Config : ProblemConfig {
 
 using Tiling = dwconv::WideNhwcTiling;
 
-#if DWCONV_BOXES
+#if DWCONV_BOXES && DWCONV_OUT_BOXES
 #define DWCONV_MAPS , const __grid_constant__ dwconv::ForwardMaps maps
+#define DWCONV_GIVEN_MAPS , maps
+#elif DWCONV_BOXES
+#define DWCONV_MAPS , const __grid_constant__ dwconv::InputMap maps
 #define DWCONV_GIVEN_MAPS , maps
 #else
 #define DWCONV_MAPS

@@ -14,7 +14,7 @@ from .strips import planar
 MOST = 256  # elements of a box, along a dimension
 STACK = 120  # the architecture from which on ptxas (13.0) gives kernels that copy boxes a stack
 
-Maps = tuple[TensorMap, TensorMap]
+Maps = tuple[TensorMap, ...]
 
 
 def gradient_maps(
@@ -79,10 +79,10 @@ def forward_maps(
     device: DeviceSpec,
     turned: bool,
     x_box: tuple[int, int, int, int],
-    y_box: tuple[int, int, int, int],
+    y_box: tuple[int, int, int, int] | None = None,
     swizzled: bool = True,
 ) -> Maps | None:
-    """x and y with boxes of so many channels, columns, images and rows, in this order.
+    """x, and y where it has boxes, too, with boxes of so many channels, columns, images and rows, in this order.
 
     None where the copy engine can't copy them: tensors that aren't aligned to 16 bytes, an expanded batch, boxes that
     have more than 256 elements along a dimension.
@@ -105,16 +105,11 @@ def forward_maps(
         first, second, third = (s * size if n > 1 else 16 for n, s in zip(sizes[1:], strides, strict=True))
         return TensorMap(operand, sizes, (first, second, third), box, size, box[0] * size * swizzled)
 
-    found = (
-        tensor_map(0, (problem.channels, width, problem.batch, height), (column, image, row), x_box),
-        tensor_map(
-            3,
-            (channels, out_width, problem.batch, out_height),
-            (out_column, out_height * out_width * channels, out_row),
-            y_box,
-        ),
-    )
-    return found if all(map(_is_legal, found)) else None
+    found = [tensor_map(0, (problem.channels, width, problem.batch, height), (column, image, row), x_box)]
+    if y_box is not None:
+        strides = (out_column, out_height * out_width * channels, out_row)
+        found.append(tensor_map(3, (channels, out_width, problem.batch, out_height), strides, y_box))
+    return tuple(found) if all(map(_is_legal, found)) else None
 
 
 def copies_boxes(device: DeviceSpec) -> bool:

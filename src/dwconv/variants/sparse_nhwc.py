@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from ..device import DeviceSpec
-from ..plan import Plan, Rejection, TensorMap, fast_divisor, legal, problem_constants, problem_sizes
+from ..plan import Plan, Rejection, fast_divisor, legal, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
@@ -142,13 +142,10 @@ class SparseNhwc(Variant):
         stores = count_of(grouping.slots * grouping.groups * grouping.group * octets, tile.threads, COUNTS)
         if loads is None or stores is None:
             return rejected("a row takes too many copies of each thread")
-        maps: tuple[TensorMap, ...] = ()
-        if tile.boxes:
-            x_box = (tile.x_channels, one.width, grouping.slots, tile.rows)
-            found = forward_maps(problem, device, tile.turned, x_box, (tile.x_channels, grouping.group, 1, 1))
-            if found is None:
-                return rejected("boxes are of aligned pixels and at most 64 channels (sm_90)")
-            maps = found[:1]  # y is stored by all threads
+        x_box = (tile.x_channels, one.width, grouping.slots, tile.rows)
+        maps = forward_maps(problem, device, tile.turned, x_box) if tile.boxes else ()
+        if maps is None:
+            return rejected("boxes are of aligned pixels and at most 64 channels (sm_90)")
         constants = problem_constants(problem) | {
             "WARPS": tile.warps,
             "MIN_BLOCKS": one.blocks,

@@ -25,17 +25,16 @@ def tensor_maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ma
 
     problem: of its own dimensions.
     """
-    tile, planes = replace(tile, boxes=True), planar(problem)
-    one, (along, _) = cut(planes, device, tile), axes(planes, tile.turned)
-    neighbours = along.apart == 1 and along.stride == one.rows if one else False
-    if tile.lanes < 32 or one is None or (tile.stage_steps > 1 and not neighbours):
+    tile = replace(tile, boxes=True)
+    one = cut(planar(problem), device, tile)
+    if tile.lanes < 32 or one is None or (tile.stage_steps > 1 and not one.neighbours):
         return None
     pixel = problem.out_channels * problem.element_bytes
     if tile.vector == 1 and pixel <= FEW_LINES * LINE and problem.least_bytes > MOST_SIZES * device.l2_bytes:
         return None  # lanes' copies were faster: 485 µs, not 499, of 3×3 on 512² in float32 (H200, 2026-11)
     channels = tile.lanes * tile.vector
     x_box, g_box = (channels // problem.multiplier, one.kept), (channels, tile.columns)
-    rows = (tile.stage_steps * one.rows if neighbours else 1, tile.stage_steps)
+    rows = (tile.stage_steps * one.rows if one.neighbours else 1, tile.stage_steps)
     return gradient_maps(problem, device, tile.turned, x_box, g_box, rows=rows)
 
 
@@ -53,12 +52,13 @@ def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Til
         for warps, blocks in BOX_WARPS
         if warps % tile.chunks == 0 and needed <= device.registers // (32 * up(warps, 4) * blocks) // 8 * 8
     ]
-    tiles = [
-        replace(tile, boxes=True, warps=warps, min_blocks=blocks, stages=stages, stage_steps=steps)
-        for (warps, blocks), (stages, steps) in product(warps_of or [(tile.warps, tile.min_blocks)], BOX_STAGES)
-    ]
+    warps_of = warps_of or [(tile.warps, tile.min_blocks)]
     along, _ = axes(planar(problem), tile.turned)
-    several = along.stride == 1 and (along.out >= LONG or tile.taps[0] * tile.taps[1] > FEW_TAPS)
+    two = replace(tile, boxes=True, warps=min(warps_of)[0], stages=2, stage_steps=2)
+    long = along.stride == 1 and (along.out >= LONG or tile.taps[0] * tile.taps[1] > FEW_TAPS)
+    most = 2 if long and tensor_maps(problem, device, two) is not None else 1
     return [
-        each for each in tiles if each.stage_steps == 1 or (several and tensor_maps(problem, device, each) is not None)
+        replace(tile, boxes=True, warps=warps, min_blocks=blocks, stages=stages, stage_steps=steps)
+        for (warps, blocks), (stages, steps) in product(warps_of, BOX_STAGES)
+        if steps <= most
     ]

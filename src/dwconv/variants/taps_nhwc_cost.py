@@ -78,8 +78,7 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     copies += divided(x_columns, max(1, pieces[1] * problem.multiplier // word)) * x_rows
     copy = COPY * copies
     if tile.boxes:
-        neighbours = along.apart == 1 and along.stride == one.rows
-        copy = BOX * (1 + tile.depth_taps * (1 if neighbours else one.rows))
+        copy = BOX * (1 + tile.depth_taps * (1 if one.neighbours else one.rows))
     fma = products * tile.depth_taps * tile.taps[0] * tile.vector * min(1.0, along.size / (along.out * along.stride))
     share = 1.0  # of rows that are marched over
     if one.march.tap_tiles > 1 or along.filter > along.out:

@@ -74,6 +74,7 @@ class Cut:
 
     Attributes:
         live: rows of g that a row of x may meet; rows: of x, in a step.
+        neighbours: whether the rows of x of all steps, one after the other, are neighbours in memory.
         kept: columns of x in shared memory; width: of the image, where it is compiled in, else 0.
         stage_bytes, shared_bytes: of a warp; of a block.
         values: sums of a lane; slab: of them that are in shared memory at a time.
@@ -84,6 +85,7 @@ class Cut:
 
     live: int
     rows: int
+    neighbours: bool
     kept: int
     width: int
     stage_bytes: int
@@ -149,6 +151,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: i
     return Cut(
         live=live,
         rows=rows,
+        neighbours=along.apart == 1 and along.stride == rows,
         kept=kept,
         width=across.size if narrow else 0,
         stage_bytes=stage_bytes,

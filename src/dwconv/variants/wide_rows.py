@@ -147,9 +147,8 @@ def store_bytes(problem: DepthwiseProblem, tile: Tile) -> int:
 
 
 def maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) -> Maps | None:
-    """x and y with a tile's stages and the outputs of its warps as boxes; None where the copy engine can't copy those.
-
-    Lanes store where `out_boxes` isn't set; then boxes of y are of no meaning.
+    """x with a tile's stages as boxes, and y with the outputs of its warps where they leave so; None where the copy
+    engine can't copy those.
     """
     lanes = tile.channels // tile.vector
     if tile.channels % problem.multiplier or lanes * one.groups * one.slots < 32:
@@ -157,7 +156,7 @@ def maps(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut) ->
     if one.boxes > 1 and (one.slots > 1 or tile.stage_rows > 1):
         return None
     x_box = (tile.channels // problem.multiplier, one.box_columns, one.slots, tile.stage_rows)
-    y_box = (16 // problem.element_bytes, 1, 1, 1)
+    y_box = None
     if tile.out_boxes:
         of_warp, aside = min(lanes, 32), max(1, 32 // lanes)
         columns, images = min(aside, one.groups), max(1, aside // one.groups)
