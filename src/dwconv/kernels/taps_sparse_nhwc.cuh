@@ -28,7 +28,7 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
     SparseGates<C> gates(stages + W::kGatesAt);
     auto copies = [&] {
         if constexpr (C::kBoxes)
-            return SparseBoxes<C>(maps..., sizes, place, tiling);
+            return TapsSparseBoxes<C>(maps..., sizes, place, tiling);
         else
             return LinesCopies<W>(tensors, sizes, place, tiling, stages);
     }();

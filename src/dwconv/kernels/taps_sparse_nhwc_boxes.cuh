@@ -20,7 +20,7 @@ using SparseGates =
 // What one lane of a warp sends: rows of g, and of x, of some lines of a step. Warps take turns: who is late for that
 // has time to catch up while stages are ahead.
 template <class C>
-struct SparseBoxes {
+struct TapsSparseBoxes {
     using W = TapsSparse<C>;
     static constexpr unsigned kXBytes = W::kXLineBytes, kGBytes = W::kGLineBytes;
 
@@ -36,8 +36,8 @@ struct SparseBoxes {
     int first_line;  // of those that this warp sends
     int turns;       // until its next one
 
-    __device__ __forceinline__ SparseBoxes(const GradientMaps& maps_, const Sizes& sizes, const LinesPlace<W>& place_,
-                                           const LinesTiling& tiling_)
+    __device__ __forceinline__ TapsSparseBoxes(const GradientMaps& maps_, const Sizes& sizes,
+                                               const LinesPlace<W>& place_, const LinesTiling& tiling_)
         : maps(maps_), place(place_), tiling(tiling_), position(place_.first) {
         if (threadIdx.x == 0) prefetch_maps(maps);
         const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // uniform, for compilers

@@ -172,10 +172,10 @@ def with_boxes(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Til
     # Outputs of whole pixels with many taps leave faster from lanes: 7×7 on 96 and 192 channels 0.84, not 0.82.
     whole = tile.march and problem.taps > 25 and 32 < tile.channels == problem.out_channels
     out_boxes = (tile.march or problem.taps <= FEW_TAPS) and not whole
-    for boxed in (replace(tile, boxes=True, out_boxes=out_boxes), replace(tile, boxes=True)):
-        one = cut(problem, device, boxed)
-        if one is not None and maps(problem, device, boxed, one) is not None:
-            return boxed
+    for found in (replace(tile, boxes=True, out_boxes=out_boxes), replace(tile, boxes=True)):
+        one = cut(problem, device, found)
+        if one is not None and maps(problem, device, found, one) is not None:
+            return found
     return tile
 
 
@@ -205,13 +205,13 @@ def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Til
     found = tile if slow_as_boxes(problem, tile) else with_boxes(problem, device, tile)
     if not found.boxes or not found.march:
         return [found]
-    live = -(-problem.filter[0] // problem.stride[0])
+    live = divided(problem.filter[0], problem.stride[0])
 
-    def full(tile: Tile) -> Tile:
-        needed = tile.vector * (problem.taps + live * tile.columns + window_columns(problem, tile.columns))
-        registers = up(needed + 16 + 4 * tile.vector, 8)  # with what ptxas needs beside them (sm_90, NVRTC 13.0)
-        blocks = min(device.registers // (up(tile.threads, 128) * registers), MOST_BLOCKS)
-        return replace(tile, min_blocks=max(1, blocks))
+    def full(one: Tile) -> Tile:
+        needed = one.vector * (problem.taps + live * one.columns + window_columns(problem, one.columns))
+        registers = up(needed + 16 + 4 * one.vector, 8)  # with what ptxas needs beside them (sm_90, NVRTC 13.0)
+        blocks = min(device.registers // (up(one.threads, 128) * registers), MOST_BLOCKS)
+        return replace(one, min_blocks=max(1, blocks))
 
     several = [found]
     if problem.out_size[1] <= SHORT_ROWS and full(found).min_blocks > found.min_blocks:
