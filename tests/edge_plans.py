@@ -37,6 +37,10 @@ TILED = [
     DepthwiseProblem(1, 16, (33,), (9,), padding=((4, 4),), layout="channels_last"),
     DepthwiseProblem(1, 4, (5, 8, 20), (3, 3, 3), padding=((1, 1),) * 3, dtype="float16"),
     DepthwiseProblem(1, 8, (5, 6, 9), (3, 3, 3), padding=((1, 1),) * 3, layout="channels_last"),
+    # strips of a warp that lanes trade; lines whose halves mirror each other
+    DepthwiseProblem(2, 2, (9, 510), (3, 3), padding=((1, 1), (1, 1)), dtype="float16"),
+    DepthwiseProblem(1, 2, (16, 250), (3, 7), padding=((2, 2), (6, 6)), dtype="bfloat16", bias=True),
+    DepthwiseProblem(3, 2, (56, 6), (51, 3), padding=((25, 25), (1, 1)), dtype="float16"),
 ]
 
 

@@ -54,6 +54,14 @@ ODD = [
     problem(1, 3, (4, 24), (1, 1), dtype="float16"),
     problem(1, 2, (3, 130), (1, 11), padding=(0, 5), dtype="bfloat16"),
     problem(1, 1, (5, 520), (3, 3), padding=(1, 1), dtype="float16"),
+    # strips of a warp whose lanes trade words: of loads, of stores, of both; neighbours on either side, and beyond
+    problem(2, 2, (9, 510), (3, 3), padding=(2, 2), dtype="float16"),
+    problem(1, 2, (9, 512), (3, 3), dtype="bfloat16", bias=True, epilogue=Epilogue("silu", scale=True, shift=True)),
+    problem(1, 2, (8, 506), (3, 3), padding=(1, 1), dtype="bfloat16", multiplier=2),
+    problem(1, 2, (16, 250), (3, 7), padding=((2, 2), (6, 6)), dtype="float16"),
+    problem(1, 2, (9, 758), (3, 5), padding=((2, 0), (0, 4)), dilation=(1, 2), dtype="float16"),
+    problem(1, 2, (9, 254), (3, 5), padding=((2, 2), (9, 9)), dilation=(1, 5), dtype="float16"),  # too far apart
+    problem(1, 2, (9, 510), (3, 3), padding=(1, 1), dtype="float16", epilogue=Epilogue(residual=True)),
     # products column by column; a few rows loaded ahead of their use
     problem(1, 2, (17, 36), (5, 5), padding=(2, 2), bias=True, epilogue=Epilogue("silu", residual=True)),
     problem(1, 2, (33, 48), (5, 5), stride=(2, 2), padding=(2, 2), dtype="bfloat16", bias=True),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from checks import check, check_in_any_order
+from dwconv import emulator, reference
 from dwconv.choose import choose
 from dwconv.compile import compile_many
 from dwconv.device import H200, PRESETS
@@ -15,7 +16,7 @@ from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem, Epilogue
 from dwconv.variants.wide_bands import Tile, band_of
 from dwconv.variants.wide_nchw import WideNchw
-from problems import problem_id
+from problems import make_inputs, make_output, problem_id
 
 VARIANT = WideNchw()
 
@@ -55,6 +56,16 @@ PROBLEMS = [
     P(2, 2, (7, 7), (9, 9), padding=same(9, 9), dtype="float16", x_strides=(2 * 81, 81, 9, 1)),
     P(2, 2, (6, 14), (9, 9), padding=same(9, 9), x_strides=(0, 14, 0, 1)),
 ]
+# Of lines whose halves mirror each other: rows, columns, an odd number of lines; images that don't exist; views.
+HALVES = [
+    P(3, 2, (56, 6), (51, 5), padding=same(51, 5), dtype="float16", bias=True),
+    P(2, 2, (56, 5), (51, 3), padding=same(51, 3)),
+    P(3, 3, (14, 14), (27, 27), padding=same(27, 27), dtype="bfloat16", bias=True, epilogue=FULL),
+    P(5, 2, (9, 28), (3, 9), padding=((1, 2), (12, 12)), dilation=(1, 3), multiplier=2),
+    P(2, 2, (14, 9), (13, 4), padding=same(13, 4), dtype="float64"),
+    P(2, 2, (10, 16), (9, 9), padding=same(9, 9), x_strides=(2 * 12 * 20, 12 * 20, 20, 1)),
+    P(2, 3, (16, 7), (9, 3), padding=same(9, 3), dtype="float16", aligned=2),
+]
 
 
 def plans() -> list[Plan]:
@@ -70,6 +81,10 @@ def sample_of_tiles() -> list[Plan]:
     return found
 
 
+def plans_of_halves() -> list[Plan]:
+    return [plan for p in HALVES for plan in VARIANT.every_plan(p, H200) if dict(plan.constants)["HALVES"]]
+
+
 def plan_id(plan: Plan) -> str:
     return f"{problem_id(plan.problem)}-{plan.tile.split(',')[0]}".replace(" ", "")
 
@@ -77,7 +92,7 @@ def plan_id(plan: Plan) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def built():
     """Compiles all kernels at once, on every core."""
-    build.build_many([*plans(), *sample_of_tiles()])
+    build.build_many([*plans(), *sample_of_tiles(), *plans_of_halves()])
 
 
 @pytest.mark.parametrize("plan", plans(), ids=plan_id)
@@ -88,6 +103,33 @@ def test_results_are_within_rounding_in_any_order_of_threads(plan: Plan) -> None
 @pytest.mark.parametrize("plan", sample_of_tiles(), ids=plan_id)
 def test_every_tile_is_within_rounding(plan: Plan) -> None:
     check(plan, order_seed=1)
+
+
+def test_halves_of_lines() -> None:
+    found = plans_of_halves()
+    assert {plan.problem for plan in found} == set(HALVES)
+    for plan in found:
+        check_in_any_order(plan)
+
+
+def test_a_gradient_of_x_by_halves() -> None:
+    """Taps are read from the last to the first, and mirrored on top of that."""
+    p = replace(HALVES[1], reversed=True)
+    x, weight, _ = make_inputs(p, seed=6)
+    output = make_output(p)
+    plan = next(plan for plan in VARIANT.every_plan(p, H200) if dict(plan.constants)["HALVES"])
+    emulator.run(plan, x, weight, None, output.y)
+    wanted = reference.forward(x, weight.flip(2, 3), None, HALVES[1])
+    assert reference.describe_mismatch(output.y, *wanted) is None
+
+
+def test_long_lines_are_halved_where_their_code_would_be_too_long() -> None:
+    long = P(32, 128, (56, 56), (51, 5), padding=same(51, 5))
+    chosen = choose(long, H200, VARIANT.stem)
+    assert dict(chosen.constants)["HALVES"]
+    assert compile_many([chosen])[0].resources.registers <= 96  # three blocks of 7 warps
+    uneven = replace(long, padding=((24, 26), (1, 3)))
+    assert not any(dict(plan.constants)["HALVES"] for plan in VARIANT.every_plan(uneven, H200))
 
 
 def test_no_kernel_spills() -> None:

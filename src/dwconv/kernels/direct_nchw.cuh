@@ -8,7 +8,7 @@
 //   least DRAM traffic: x + w + y, once each; halo columns come from L1, halo rows between blocks from L2
 #pragma once
 #include "epilogue.cuh"
-#include "row_cells.cuh"
+#include "warp_rows.cuh"
 
 namespace dwconv {
 
@@ -43,9 +43,13 @@ struct ReadRows {
 template <class C, class Sum>
 __device__ __forceinline__ void store_slot(const Tensors<typename C::Element>& tensors, long long at, int column,
                                            int out_w, const ChannelValues<Sum>& values, const Sum (&sums)[C::kVector]) {
+    if constexpr (C::kWarpStores) {
+        store_warp_row<C>(tensors, at, column, out_w, values, sums);
+    } else {
 #pragma unroll
-    for (int o = 0; o < C::kVector; o += C::kStoreVector)
-        if (column + o < out_w) store_outputs<C, C::kStoreVector, 0>(tensors, at + o, &sums[o], &values);
+        for (int o = 0; o < C::kVector; o += C::kStoreVector)
+            if (column + o < out_w) store_outputs<C, C::kStoreVector, 0>(tensors, at + o, &sums[o], &values);
+    }
 }
 
 // All rows that the thread reads, or kAhead, are loaded before the first use: bytes in flight are what the speed
@@ -63,7 +67,7 @@ __device__ __forceinline__ void make_from_registers(const Tensors<typename C::El
     const int first_row = place.row * C::kStrideH - C::kPadTop, first = place.column * C::kStrideW;
     const int slot = place.slot_columns * C::kStrideW;
     const typename C::Element* line = plane + first_row * sizes.x_row + first;
-    SlotRow<C> rows[Rows::kCount][C::kSlots];
+    typename Selected<C::kWarpLoads, WarpRow<C>, SlotRow<C>>::Type rows[Rows::kCount][C::kSlots];
     constexpr int kAhead = C::kAhead > 0 ? smaller(C::kAhead, Rows::kCount) : Rows::kCount;
     const auto load_row = [&](int r) {
         if (Rows::reads(r))
@@ -98,6 +102,7 @@ __device__ __forceinline__ void make_from_registers(const Tensors<typename C::El
         if (!Rows::reads(r)) continue;
 #pragma unroll
         for (int s = 0; s < C::kSlots; ++s) {
+            if constexpr (C::kWarpLoads) rows[r][s].settle();
             Sum window[Columns::kSpan];
 #pragma unroll
             for (int k = 0; k < Columns::kSpan; ++k)
@@ -182,6 +187,8 @@ __device__ __forceinline__ void direct_nchw(const Tensors<typename C::Element>& 
                                             const DirectNchwTiling& tiling) {
     static_assert(C::kVector * C::kStrideW % C::kLoadVector == 0, "kLoadVector must divide the columns between lanes");
     static_assert(C::kVector % C::kStoreVector == 0, "kStoreVector must divide kVector");
+    static_assert(!(C::kWarpLoads || C::kWarpStores) || (C::kSlots == 1 && C::kWholeWindow),
+                  "warps trade what all rows of a tile are loaded for");
 
     const unsigned thread = blockIdx.x * C::kThreads + threadIdx.x;
     const unsigned strip = tiling.lanes.quotient(thread);
@@ -225,6 +232,8 @@ __device__ __forceinline__ void direct_nchw(const Tensors<typename C::Element>& 
 #define DWCONV_WHOLE_WINDOW 1
 #define DWCONV_BY_COLUMN 0
 #define DWCONV_AHEAD 0
+#define DWCONV_WARP_LOADS 0
+#define DWCONV_WARP_STORES 0
 #endif
 
 struct Config : ProblemConfig {
@@ -234,6 +243,7 @@ struct Config : ProblemConfig {
     static constexpr int kLoadVector = DWCONV_LOAD_VECTOR, kStoreVector = DWCONV_STORE_VECTOR;
     static constexpr bool kWholeWindow = DWCONV_WHOLE_WINDOW, kByColumn = DWCONV_BY_COLUMN;
     static constexpr int kAhead = DWCONV_AHEAD;  // rows loaded before the first use; 0: all
+    static constexpr bool kWarpLoads = DWCONV_WARP_LOADS, kWarpStores = DWCONV_WARP_STORES;  // of strips of 32 lanes
 };
 
 using Tiling = dwconv::DirectNchwTiling;

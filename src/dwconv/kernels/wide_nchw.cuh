@@ -4,6 +4,7 @@
 //   One axis of the image is `along` (columns, or rows where kTransposed), the other `across`. A lane makes kAlong
 //   neighbouring outputs along, in kAcross places across. It takes its input lines one after the other: the line comes
 //   from shared memory 4 elements at a time and is multiplied by up to kChunk taps that wait in registers.
+//   kHalves: a line belongs to two lanes, the second of which makes its half from the line's end.
 //   A block makes a band of `images` x `channels` planes. Shared memory, in sums' type: the number of the next task;
 //   the filters, their lines padded to an odd number of 16 bytes; the input of the band. Where lanes own short whole
 //   lines, one tile each, their outputs take the input's place before they leave; else warps take tasks of 32 tiles
@@ -191,7 +192,9 @@ __device__ __forceinline__ void sum_tile(const Tensors<typename C::Element>& ten
         for (int o = 0; o < C::kAlong; ++o) sums[i][o] = bias;
     if (!tile.exists) return;
 
-    const Sum* filter = filters + tile.near_channel * (Axes::kLines * Axes::kTapPitch);
+    const bool mirrored = C::kHalves && tile.along > 0;
+    const Sum* filter =
+        filters + (tile.near_channel * Axes::kCopies + mirrored) * (Axes::kLines * Axes::kTapPitch);
     const int pitch = static_cast<int>(tiling.in_pitch);
     const int length = static_cast<int>(C::kTransposed ? sizes.in_h : sizes.in_w);
     const int lines = band.in_across + band.in_lines;
@@ -199,7 +202,8 @@ __device__ __forceinline__ void sum_tile(const Tensors<typename C::Element>& ten
     const int top = tile.across * Axes::kAcrossStride - Axes::kAcrossPad;
     // Where line 0 of the image would be, and in it what the first output's first tap reads.
     const Sum* input = staged +
-                       static_cast<int>(tile.near_image * tiling.in_image + tile.near_channel * tiling.in_channel) -
+                       static_cast<int>(tile.near_image * tiling.in_image + tile.near_channel * tiling.in_channel +
+                                        mirrored * tiling.in_mirror) -
                        band.in_across * pitch;
     if constexpr (!Axes::kWhole) input += start - Axes::kShift - band.in_along;
     if constexpr (C::kAcross == 1) {
@@ -311,7 +315,7 @@ __device__ __forceinline__ void wide_nchw(const Tensors<typename C::Element>& te
     const WideBand band = wide_band<C>(sizes, tiling);
     unsigned* next_task = shared_memory<unsigned>();
     Sum* filters = shared_memory<Sum>() + 16 / sizeof(Sum);
-    Sum* staged = filters + tiling.channels * (Axes::kLines * Axes::kTapPitch);
+    Sum* staged = filters + tiling.channels * (Axes::kCopies * Axes::kLines * Axes::kTapPitch);
     FilterStage<C, Sum> taps;
     taps.load(tensors.w, band);
     if (tiling.in_wide)
@@ -342,12 +346,14 @@ __device__ __forceinline__ void wide_nchw(const Tensors<typename C::Element>& te
         if (tile.exists) {
             Sum* into = staged + tile.near_image * tiling.out_image + tile.near_channel * tiling.out_channel +
                         (tile.across - band.across) * tiling.out_pitch + (tile.along - band.along);
+            const int step = C::kHalves && tile.along > 0 ? -1 : 1;
+            if (step < 0) into += C::kAlong - 1;
 #pragma unroll
             for (int i = 0; i < C::kAcross; ++i)
 #pragma unroll
-                for (int o = 0; o < C::kAlong; o += Axes::kWrite)
+                for (int o = 0; o < C::kAlong; o += C::kHalves ? 1 : Axes::kWrite)
                     if (tile.across + i < band.across + band.out_across)
-                        store_shared<Axes::kWrite>(into + i * tiling.out_pitch + o, &sums[i][o]);
+                        store_shared<C::kHalves ? 1 : Axes::kWrite>(into + i * tiling.out_pitch + o * step, &sums[i][o]);
         }
         __syncthreads();
         if (tiling.out_wide)
@@ -370,6 +376,7 @@ __device__ __forceinline__ void wide_nchw(const Tensors<typename C::Element>& te
 #define DWCONV_ACROSS 1
 #define DWCONV_CHUNK 32
 #define DWCONV_IN_ALONG 0
+#define DWCONV_HALVES 0
 #define DWCONV_TRANSPOSED 0
 #define DWCONV_QUEUED 1
 #define DWCONV_CHANNELS 1
@@ -381,6 +388,7 @@ struct Config : ProblemConfig {
     static constexpr int kThreads = DWCONV_THREADS, kMinBlocks = DWCONV_MIN_BLOCKS;
     static constexpr int kAlong = DWCONV_ALONG, kAcross = DWCONV_ACROSS, kChunk = DWCONV_CHUNK;
     static constexpr int kInAlong = DWCONV_IN_ALONG;
+    static constexpr bool kHalves = DWCONV_HALVES;
     static constexpr bool kTransposed = DWCONV_TRANSPOSED, kQueued = DWCONV_QUEUED;
     static constexpr int kChannels = DWCONV_CHANNELS;  // for the launch, as these
     static constexpr int kSharedBudget = DWCONV_SHARED_BUDGET, kSharedLimit = DWCONV_SHARED_LIMIT;  // for the launch

@@ -19,6 +19,7 @@ struct WideNchwTiling {
     unsigned in_merged, out_merged;                      // the rows of a plane are one stretch of memory
     unsigned channels_merged;                            // and the planes of all channels, too
     unsigned in_wide, out_wide;                          // kMove elements a move, instead of one
+    unsigned in_mirror;                                  // kHalves: from an image to the one with mirrored lines
 };
 
 // The problem, seen along and across; the sizes of what a lane keeps.
@@ -33,7 +34,10 @@ struct WideAxes {
     static constexpr int kAcrossDilation = C::kTransposed ? C::kDilationW : C::kDilationH;
     static constexpr int kAcrossPad = C::kTransposed ? C::kPadLeft : C::kPadTop;
 
-    static constexpr bool kWhole = C::kInAlong > 0;  // a lane owns whole lines, so that padding needs no memory
+    // A lane owns whole lines, so that padding needs no memory; or halves of them, where halves mirror each other: the
+    // second ones are made of mirrored lines and taps by the code of the first.
+    static constexpr bool kWhole = C::kInAlong > 0;
+    static constexpr int kCopies = C::kHalves ? 2 : 1;  // of lines and taps: as they are, mirrored
     static constexpr int kFull = kTaps / C::kChunk, kRest = kTaps % C::kChunk;  // chunks of taps; taps of the last
     static constexpr int kTapPitch = 4 * (ceil_div(kTaps, 4) | 1);
     // Elements of a line that come with one shared load.
@@ -52,7 +56,8 @@ struct WideAxes {
 
     // Elements that a lane reads of a line for so many taps.
     __host__ __device__ static constexpr int span(int taps) {
-        return kWhole ? C::kInAlong : kShift + (C::kAlong - 1) * kStride + (taps - 1) * kDilation + 1;
+        const int reach = (C::kAlong - 1) * kStride + (taps - 1) * kDilation + 1;
+        return !kWhole ? kShift + reach : C::kHalves ? smaller(C::kInAlong, reach - kPad) : C::kInAlong;
     }
 
     static constexpr int kGroup = 4;  // moves that share their arithmetic: neighbours' are between
@@ -60,6 +65,9 @@ struct WideAxes {
 
     static_assert(kWhole || C::kAlong % 4 == 0, "kAlong must be a multiple of 4: windows start at 16 bytes");
     static_assert(kTaps <= C::kChunk || C::kChunk % 4 == 0, "kChunk must be a multiple of 4, as kAlong");
+    static_assert(!C::kHalves || (kStride == 1 && 2 * kPad == (kTaps - 1) * kDilation && C::kInAlong == 2 * C::kAlong),
+                  "halves of a line mirror each other if as much padding stands before it as behind it");
+    static_assert(!C::kHalves || (!C::kQueued && kTaps <= C::kChunk), "halves are made of all taps, and stored together");
     static_assert(C::kAcross == 1 || kTaps <= C::kChunk, "kChunk must hold all taps of a line for several lines");
 };
 
@@ -148,8 +156,11 @@ struct FilterStage {
         const unsigned at = tap_at<C>(number);
         const unsigned row = at / C::kFilterW, column = at - row * C::kFilterW;
         const unsigned channel = at / kTaps, u = row - channel * C::kFilterH;
-        const unsigned line = channel * Axes::kLines + (C::kTransposed ? column : u);
-        filters[line * Axes::kTapPitch + (C::kTransposed ? u : column)] = static_cast<Sum>(value);
+        const unsigned line = channel * (Axes::kCopies * Axes::kLines) + (C::kTransposed ? column : u);
+        const unsigned tap = C::kTransposed ? u : column;
+        filters[line * Axes::kTapPitch + tap] = static_cast<Sum>(value);
+        if constexpr (C::kHalves)
+            filters[(line + Axes::kLines) * Axes::kTapPitch + (Axes::kTaps - 1 - tap)] = static_cast<Sum>(value);
     }
     __device__ __forceinline__ void store(Sum* filters) const {
 #pragma unroll
@@ -216,7 +227,7 @@ __device__ __forceinline__ void stage_input(const typename C::Element* x, Sum* s
 #pragma unroll 1
     for (unsigned start = threadIdx.x; start < count; start += kBatch * blockDim.x) {
         Vector<typename C::Element, Width> moved[kBatch][kGroup];
-        int into[kBatch], from[kBatch], step = 0;  // in shared memory; in the line
+        int into[kBatch], mirrored[kBatch], from[kBatch], step = 0;  // in shared memory; in the line
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
             const WidePlace place =
@@ -228,6 +239,8 @@ __device__ __forceinline__ void stage_input(const typename C::Element* x, Sum* s
             step = place.step;
             into[k] = static_cast<int>(place.near_image * tiling.in_image + place.near_channel * tiling.in_channel) +
                       (C::kTransposed ? c * pitch + place.row : place.row * pitch + c);
+            mirrored[k] = into[k] + static_cast<int>(tiling.in_mirror) + extent - 1 -
+                          2 * (C::kTransposed ? place.row : c);
             const typename C::Element* line = x + place.image * sizes.x_image +
                                               place.channel / C::kMultiplier * sizes.x_channel +
                                               (row + place.row) * sizes.x_row + (column + c);
@@ -250,9 +263,14 @@ __device__ __forceinline__ void stage_input(const typename C::Element* x, Sum* s
                 if constexpr (C::kTransposed) {
 #pragma unroll
                     for (int e = 0; e < Width; ++e)
-                        if (Width == 1 || static_cast<unsigned>(c + e) < static_cast<unsigned>(columns))
+                        if (Width == 1 || static_cast<unsigned>(c + e) < static_cast<unsigned>(columns)) {
                             staged[into[k] + (g * step + e) * pitch] = sums[e];
+                            if constexpr (C::kHalves) staged[mirrored[k] + (g * step + e) * pitch] = sums[e];
+                        }
                 } else {
+                    if constexpr (C::kHalves)
+#pragma unroll
+                        for (int e = 0; e < Width; ++e) staged[mirrored[k] - (g * step + e)] = sums[e];
 #pragma unroll
                     for (int e = 0; e < Width; e += kPiece)
                         store_shared<kPiece>(staged + into[k] + g * step + e, sums + e);

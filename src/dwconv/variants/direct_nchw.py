@@ -16,6 +16,7 @@ MAX_REGISTERS = 190  # rows, sums and filter of a thread; ptxas needs some more,
 MAX_TAPS = 31  # filter taps that fit in registers beside them
 MAX_LANES = 32  # of a strip: narrow strips are tall ones, whose halo rows meet in L1; sequences have none
 NARROW = 32  # images of fewer columns get tiles of their own
+WORD = 2  # elements of 16 bits in 4 bytes
 WIDE = 256  # and so do images of more columns, where float32 has 3x3 filters
 
 
@@ -30,6 +31,7 @@ class Tile:
         min_blocks: blocks that a multiprocessor must hold, which limits a thread's registers; 1 leaves that to ptxas.
         by_column: whether a row's products come column by column, else output row by output row, tap by tap.
         ahead: rows that are loaded before the first use, and then so far ahead of it; 0: all.
+        warp_loads: a warp, which has strips of columns to itself, loads a row's words as they lie, and lanes trade them.
     """
 
     whole_window: bool
@@ -42,9 +44,11 @@ class Tile:
     min_blocks: int = 1
     by_column: bool = False
     ahead: int = 0
+    warp_loads: bool = False
 
     def __str__(self) -> str:
         how = "all rows loaded first" if self.whole_window else "tap by tap"
+        how += " by the warp" if self.warp_loads else ""
         least = f", {self.min_blocks} blocks or more" if self.min_blocks > 1 else ""
         return (
             f"{self.rows} rows × {self.slots}·{self.vector} columns a thread, loads of {self.load_vector} elements, "
@@ -80,6 +84,22 @@ def window_tile(
     load_limit, store_limit = vector_limits(problem)
     load = min(load_limit, power_of_two(vector * problem.stride[1]))
     return Tile(True, vector, slots, rows, load, min(store_limit, power_of_two(vector)), threads, min_blocks)
+
+
+def warp_tile(problem: DepthwiseProblem) -> Tile:
+    """A tile of 16-bit elements whose rows take loads of 4 bytes, made by warps that have strips to themselves."""
+    store = power_of_two(math.gcd(min(problem.aligned, 16) // problem.element_bytes, problem.out_size[1]))
+    return Tile(True, 8, 1, 7, WORD, store, min_blocks=5 if problem.taps <= 9 else 1, warp_loads=True)
+
+
+def unwarped(problem: DepthwiseProblem, tile: Tile, lanes: int) -> str | None:
+    """Why warps can't load strips as they lie."""
+    if lanes != MAX_LANES:
+        return f"strips of {lanes} lanes are not a warp's"
+    (before, _), reach = problem.padding[1], (problem.filter[1] - 1) * problem.dilation[1]
+    if max(before, reach - before) > tile.vector:
+        return f"reads more than {tile.vector} columns of its neighbours"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +180,8 @@ class DirectNchw(Variant):
         else:
             if load == 4 and problem.taps <= 9 and stride == 1 and width > WIDE and not half:
                 yield window_tile(problem, vector, 2, 3, 192)
+            if half and load == WORD and stride == 1:
+                yield warp_tile(problem)
             # 7 divides the heights of most networks' images: 7, 14, 28, 56, 112. Long rows of the filter make a row of
             # the image cost more, which is shared by more rows of outputs.
             rows = [8 if problem.filter[1] > 5 and not half else 7, 4, 2, 1]
@@ -205,6 +227,8 @@ class DirectNchw(Variant):
                 return rejected(f"needs about {needed} registers a thread; {MAX_REGISTERS} is the most")
         out_h, out_w = problem.out_size
         lanes, column_strips = strips_of(out_w, tile, problem.filter[0] > 1)
+        if tile.warp_loads and (reason := unwarped(problem, tile, lanes)):
+            return rejected(reason)
         row_strips = -(-out_h // tile.rows)
         longest = max(*problem.size, *problem.out_size) + max(problem.padding[0] + problem.padding[1])
         beyond = (lanes * tile.slots * tile.vector + tile.rows) * max(problem.stride)
@@ -224,6 +248,8 @@ class DirectNchw(Variant):
             "WHOLE_WINDOW": int(tile.whole_window),
             "BY_COLUMN": int(tile.by_column),
             "AHEAD": tile.ahead,
+            "WARP_LOADS": int(tile.warp_loads),
+            "WARP_STORES": int(warp_stores(problem, tile, lanes)),
         }
         return Plan(
             problem=problem,
@@ -259,6 +285,17 @@ def strips_of(out_w: int, tile: Tile, rows_are_shared: bool) -> tuple[int, int]:
     in_all = -(-out_w // (tile.slots * tile.vector))
     strips = -(-in_all // (MAX_LANES if rows_are_shared else 4 * MAX_LANES))
     return -(-in_all // strips), strips
+
+
+def warp_stores(problem: DepthwiseProblem, tile: Tile, lanes: int) -> bool:
+    """Whether lanes trade results so that stores of 4 bytes are neighbours: twin of `WarpStores` in the kernel."""
+    return (
+        tile.whole_window
+        and lanes == 32
+        and problem.element_bytes == 2
+        and (tile.slots, tile.vector, tile.store_vector) == (1, 8, 2)
+        and not problem.epilogue.residual
+    )
 
 
 def window_seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, lanes: int, threads: int) -> float:

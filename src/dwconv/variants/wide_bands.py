@@ -21,6 +21,7 @@ class Tile:
 
     Attributes:
         in_along: elements of the whole input line that belongs to a lane; 0: lines are cut into tiles.
+        halves: such a line belongs to two lanes, the second of which makes its half from the line's end.
         transposed: lines are columns of the image, not rows.
         chunk: taps of a line that are in registers at a time.
         queued: warps take tasks of 32 tiles one after the other, and store each; else every lane makes one tile, and
@@ -42,10 +43,11 @@ class Tile:
     budget: int = 75 * 1024
     channels: int = 1
     queued: bool = True
+    halves: bool = False
 
     def __str__(self) -> str:
         lines = "columns" if self.transposed else "rows"
-        whole = "whole " if self.in_along else ""
+        whole = "halves of " if self.halves else "whole " if self.in_along else ""
         return f"{self.across} × {self.along} outputs a lane, {whole}{lines}, {self.chunk} taps in registers"
 
 
@@ -141,10 +143,14 @@ class Band:
         return min(across.size, across.window(outputs))
 
     @property
+    def flat(self) -> bool:
+        """Do lines stand in shared memory as in memory, one behind the other?"""
+        return self.tile.in_along > 0 and not self.tile.transposed and not self.tile.halves
+
+    @property
     def channels_merged(self) -> bool:
         """Are the planes of the block's channels one stretch, in memory as in shared memory?"""
-        problem, tile = self.problem, self.tile
-        flat = tile.in_along > 0 and not tile.transposed and not tile.queued
+        problem, flat = self.problem, self.flat and not self.tile.queued
         height, width = problem.size
         dense = problem.plane_strides[1:3] == (height * width, width) and problem.multiplier == 1
         return self.channels > 1 and flat and dense and self.bands[1] == 1 and self.in_lines == height
@@ -156,7 +162,7 @@ class Band:
         Odd multiples of what one shared load takes, so that neighbouring lanes reach other banks.
         """
         tile = self.tile
-        flat = tile.in_along > 0 and not tile.transposed
+        flat = self.flat
         read, write = _piece(tile.in_along or 4), _piece(tile.along)
         in_pitch = tile.in_along if flat else _odd(self.in_extent, read)
         out_pitch = tile.along if flat else _odd(self.along_tiles * tile.along, write)
@@ -165,7 +171,7 @@ class Band:
             out_plane = self.across.out * out_pitch
             in_image, out_image = _odd(self.channels * in_plane, read), _odd(self.channels * out_plane, write)
             return in_pitch, in_plane, in_image, out_pitch, out_plane, out_image
-        in_plane, out_plane = _odd(in_plane, read), _odd(out_plane, write)
+        in_plane, out_plane = _odd(in_plane, read) * (2 if tile.halves else 1), _odd(out_plane, write)
         return in_pitch, self.images * in_plane, in_plane, out_pitch, self.images * out_plane, out_plane
 
     @property
@@ -175,7 +181,7 @@ class Band:
         inputs, outputs = self.channels * in_channel, self.channels * out_channel
         if self.channels_merged:
             inputs, outputs = self.images * in_image, self.images * out_image
-        filters = self.channels * self.across.taps * tap_pitch
+        filters = self.channels * self.across.taps * tap_pitch * (2 if self.tile.halves else 1)
         if not self.tile.queued:
             return filters + max(inputs, outputs)
         along = self.tile.along
@@ -214,8 +220,7 @@ class Band:
     @property
     def merged(self) -> tuple[bool, bool]:
         """Are rows of input, of output, one stretch, in memory as in shared memory?"""
-        tile, problem = self.tile, self.problem
-        flat = tile.in_along > 0 and not tile.transposed
+        tile, problem, flat = self.tile, self.problem, self.flat
         dense = problem.size[0] == 1 or problem.plane_strides[2] == problem.size[1]
         return flat and dense, flat and not tile.queued
 
@@ -295,6 +300,7 @@ class Band:
             *map(int, self.merged),
             int(self.channels_merged),
             *map(int, self.wide),
+            self.pitches[2] // 2 if self.tile.halves else 0,
         )
 
 

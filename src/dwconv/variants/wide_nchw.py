@@ -46,6 +46,8 @@ class WideNchw(Variant):
         if band.shared_bytes > limit:
             reason = f"the input of a block takes {band.shared_bytes} bytes of shared memory; {limit} fit"
             return Rejection(self.stem, str(tile), reason)
+        if tile.halves and band.bands[0] > 1:
+            return Rejection(self.stem, str(tile), "both halves of a line must be of one block")
         if band.blocks > GRID_X_LIMIT:
             return Rejection(self.stem, str(tile), f"{band.blocks} blocks are more than a grid has")
         constants = problem_constants(problem) | {
@@ -55,6 +57,7 @@ class WideNchw(Variant):
             "ACROSS": tile.across,
             "CHUNK": tile.chunk,
             "IN_ALONG": tile.in_along,
+            "HALVES": int(tile.halves),
             "TRANSPOSED": int(tile.transposed),
             "QUEUED": int(tile.queued),
             "CHANNELS": tile.channels,
@@ -84,6 +87,8 @@ def tiles(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
             continue  # the longer lines are read more often
         if whole := whole_tile(problem, device, along, across, transposed):
             yield whole
+            if products(whole, along) > LONG_CODE and mirrored(along):
+                yield replace(whole, along=along.out // 2, min_blocks=3, halves=True)
         few_lines = 1 < across.taps <= FEW_LINES
         most = 16 if problem.element_bytes == 8 else CHUNK
         chunks = -(-along.taps // most) if along.dilation == 1 else 1  # equal ones
@@ -118,18 +123,27 @@ def whole_tile(
     return replace(tile, min_blocks=WHOLE[along.out])
 
 
+def mirrored(axis: Axis) -> bool:
+    """Whether the second half of a line's outputs is the first one's mirror image."""
+    same = axis.out == axis.size and 2 * axis.pad == (axis.taps - 1) * axis.dilation
+    return same and axis.stride == 1 and axis.out % 2 == 0
+
+
 def _part(device: DeviceSpec, parts: int) -> int:
     """Bytes of a block's shared memory so that as many blocks fit on a multiprocessor, 16 KiB or more."""
     return max(16 * 1024, device.shared_bytes // parts - 1024)
 
 
 def every_tile(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
-    """Tiles of every kind: those of `tiles`, more lines a lane, less shared memory, fewer taps in registers."""
+    """Tiles of every kind: those of `tiles`, more lines a lane, halves of lines, less shared memory, fewer taps."""
     found = dict.fromkeys(tiles(problem, device))
     for tile in list(found):
         taps = problem.filter[0 if tile.transposed else 1]
         if tile.in_along or taps <= tile.chunk:
             found[replace(tile, across=3 if tile.along < 28 else 2, budget=8 * 1024, threads=64)] = None
+        along = Axis.of(problem, 0 if tile.transposed else 1)
+        if tile.in_along and mirrored(along):
+            found[replace(tile, along=along.out // 2, across=1, queued=False, halves=True, threads=512)] = None
         if not tile.in_along:
             found[replace(tile, chunk=8, budget=4 * 1024, threads=64)] = None
             found[replace(tile, along=12, transposed=not tile.transposed, chunk=16)] = None
@@ -141,7 +155,7 @@ def products(tile: Tile, along: Axis) -> int:
     if not tile.in_along:
         return tile.along * along.taps
     taps = [v * along.dilation - along.pad for v in range(along.taps)]
-    return sum(0 <= o * along.stride + tap < along.size for o in range(along.out) for tap in taps)
+    return sum(0 <= o * along.stride + tap < along.size for o in range(tile.along) for tap in taps)
 
 
 def band_seconds(band: Band, device: DeviceSpec) -> float:

@@ -21,7 +21,7 @@ Launch<DirectNchwTiling> direct_nchw_launch(const Sizes& sizes, const void* x) {
     launch.possible = sizes.in_h < most && sizes.in_w < most && sizes.out_h < most && sizes.out_w < most &&
                       all * lanes <= 0x7fffffffll - C::kThreads &&
                       is_aligned(x, sizeof(typename C::Element) * C::kLoadVector) && sizes.in_w % C::kLoadVector == 0 &&
-                      sizes.out_w % C::kStoreVector == 0;
+                      sizes.out_w % C::kStoreVector == 0 && (!(C::kWarpLoads || C::kWarpStores) || lanes == 32);
     return launch;
 }
 

@@ -14,7 +14,7 @@ struct WideLaunch {
     using Axes = WideAxes<C>;
     using Sum = typename Accumulator<typename C::Element>::Type;
     static constexpr long long kMostTiles = C::kQueued ? 2048 : C::kThreads;
-    static constexpr bool kFlat = Axes::kWhole && !C::kTransposed;
+    static constexpr bool kFlat = Axes::kWhole && !C::kTransposed && !C::kHalves;
     Sizes sizes;
     WideAxis along, across;
     long long batch, along_tiles, across_tiles, images = 1, channels = 1;
@@ -61,7 +61,8 @@ struct WideLaunch {
     }
     long long in_plane() const { return in_lines() * in_pitch(); }
     long long out_plane() const { return (channels_merged() ? across.out : across_tiles * C::kAcross) * out_pitch(); }
-    long long in_image() const { return odd_pieces((channels_merged() ? channels : 1) * in_plane(), Axes::kRead); }
+    long long in_mirror() const { return odd_pieces((channels_merged() ? channels : 1) * in_plane(), Axes::kRead); }
+    long long in_image() const { return Axes::kCopies * in_mirror(); }
     long long out_image() const { return odd_pieces((channels_merged() ? channels : 1) * out_plane(), Axes::kWrite); }
     long long in_channel() const { return channels_merged() ? in_plane() : images * in_image(); }
     long long out_channel() const { return channels_merged() ? out_plane() : images * out_image(); }
@@ -70,7 +71,8 @@ struct WideLaunch {
         const long long inputs = groups * images * in_image(), outputs = groups * images * out_image();
         const long long buffers = C::kQueued ? warps() * 32 * Axes::kBufferPitch : 0;
         const long long staged = C::kQueued || inputs > outputs ? inputs : outputs;
-        return 16 + (channels * Axes::kLines * Axes::kTapPitch + staged + buffers) * sizeof(Sum);
+        const long long taps = channels * Axes::kCopies * Axes::kLines * Axes::kTapPitch;
+        return 16 + (taps + staged + buffers) * sizeof(Sum);
     }
 
     // Cuts planes until one band fits into a block's budget.
@@ -129,6 +131,7 @@ struct WideLaunch {
         made.out_pitch = static_cast<unsigned>(out_pitch());
         made.out_channel = static_cast<unsigned>(out_channel());
         made.out_image = static_cast<unsigned>(out_image());
+        made.in_mirror = C::kHalves ? static_cast<unsigned>(in_mirror()) : 0;
         made.in_extent = static_cast<unsigned>(in_extent());
 
         constexpr long long kMove = Axes::kMove;
@@ -173,15 +176,17 @@ template <class C>
 Launch<WideNchwTiling> wide_nchw_launch(const Sizes& sizes, const void* x) {
     const long long most = 0x7ff00000ll - 2 * (C::kPadTop + C::kPadLeft);
     const bool short_enough = sizes.in_h < most && sizes.in_w < most && sizes.out_h < most && sizes.out_w < most;
+    using Axes = WideAxes<C>;
     const bool whole = !C::kInAlong || ((C::kTransposed ? sizes.in_h : sizes.in_w) == C::kInAlong &&
-                                        (C::kTransposed ? sizes.out_h : sizes.out_w) == C::kAlong);
+                                        (C::kTransposed ? sizes.out_h : sizes.out_w) == Axes::kCopies * C::kAlong);
     const WideLaunch<C> made(sizes);
     Launch<WideNchwTiling> launch;
-    launch.tiling = made.tiling(is_aligned(x, sizeof(typename C::Element) * WideAxes<C>::kMove));
+    launch.tiling = made.tiling(is_aligned(x, sizeof(typename C::Element) * Axes::kMove));
     launch.grid = dim3(folded(made.blocks(), 0x7fffffff));
     launch.block = dim3(static_cast<unsigned>(32 * made.warps()));
     launch.shared_bytes = static_cast<unsigned>(made.shared_bytes());
-    launch.possible = short_enough && whole && made.blocks() <= 0x7fffffff && made.shared_bytes() <= C::kSharedLimit;
+    launch.possible = short_enough && whole && (!C::kHalves || made.along_bands() == 1) &&
+                      made.blocks() <= 0x7fffffff && made.shared_bytes() <= C::kSharedLimit;
     return launch;
 }
 
