@@ -17,6 +17,7 @@ from dwconv.choose import choose
 from dwconv.device import H200
 from dwconv.emulator import EmulationError, build
 from dwconv.problem import DepthwiseProblem
+from dwconv.sources import kernel_source, without_includes
 from emulated_kernels import run_kernel
 from problems import make_inputs
 
@@ -421,3 +422,22 @@ def test_emulated_nests_and_holds_for_its_thread():
         thread.join()
     assert emulator.active() is None
     assert seen == [None]
+
+
+def test_a_box_begins_at_a_multiple_of_16_bytes():
+    """On a GPU it is an illegal instruction."""
+    texts = dict(kernel_source("wide_nhwc").includes)
+    needed = list(texts)[: list(texts).index("tensor_copies.cuh") + 1]
+    before = "\n".join(without_includes(texts[name]) for name in needed)
+    x = torch.arange(64, dtype=torch.float32)
+    words = (x.data_ptr(), 64, 1, 1, 1, 256, 256, 256, 8, 1, 1, 1, 4, 0)
+    fields = "".join(f"map.words[{k}] = {word}ull; " for k, word in enumerate(words))
+    kernel = f"""
+        dwconv::TensorMap map = {{}}; {fields}
+        if (t == 0) dwconv::send_box<false>(0, dwconv::shared_memory<float>(), map, FIRST, 0, 0, 0);
+        a[t] = dwconv::shared_memory<float>()[t];"""
+    found = torch.zeros(8)
+    run_kernel(kernel.replace("FIRST", "-4"), found, block=8, shared_bytes=128, before=before)
+    assert found.tolist() == [0, 0, 0, 0, 0, 1, 2, 3]
+    with pytest.raises(EmulationError, match="begins at element -3 of a line, which is no multiple of 16 bytes"):
+        run_kernel(kernel.replace("FIRST", "-3"), found, block=8, shared_bytes=128, before=before)

@@ -12,13 +12,14 @@ import torch
 import short_problems
 from box_tiles import WIDE
 from dwconv import emulator, reference
-from dwconv.compile import compile_plan
+from dwconv.bench.suites import load_suite, select
+from dwconv.compile import compile_many, compile_plan
 from dwconv.device import H200, PRESETS
 from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem, Epilogue, dense_strides
 from dwconv.variants.boxes import copies_boxes
-from dwconv.variants.wide_nhwc import Tile, WideNhwc
+from dwconv.variants.wide_nhwc import Tile, WideNhwc, image_marches
 from problems import make_inputs, poisoned
 
 VARIANT = WideNhwc()
@@ -220,6 +221,50 @@ def test_boxes_are_for_devices_that_have_them():
         offered = [plan for plan in VARIANT.candidates(p, device) if isinstance(plan, Plan)]
         assert offered
         assert all(bool(plan.maps) == copies_boxes(device) for plan in offered)
+
+
+IMAGES = [
+    (n, p)
+    for suite in ("models", "kernelbench")
+    for n, p in select(load_suite(suite), [], ["float32", "float16"], ["channels_last"], ["forward"])
+    if p.dims == 2 and list(image_marches(p, H200))
+]
+
+
+def test_blocks_of_one_image_each_are_legal_and_fit():
+    """Tiles that were measured with these layers, and nothing else would reject."""
+    assert len(IMAGES) > 20
+    found = []
+    for _, p in IMAGES:
+        plans = [VARIANT.plan(p, H200, tile) for tile in image_marches(p, H200)]
+        if p.channels % 4 == 0:
+            assert all(isinstance(plan, Plan) and plan.maps for plan in plans), p
+        found += [plan for plan in plans if isinstance(plan, Plan)]
+    for resources in (kernel.resources for kernel in compile_many(found[::4])):
+        assert resources.spill_bytes == resources.stack_bytes == 0
+    assert not list(image_marches(IMAGES[0][1], PRESETS["sm_80"]))
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        problem(5, 40, (12, 14), 5, padding=2, bias=True),
+        problem(4, 96, (7, 7), 7, padding=3),
+        problem(5, 72, (30, 9), 3, padding=1),
+        problem(4, 40, (13, 15), 3, stride=2, padding=1),
+        problem(5, 40, (16, 31), 5, stride=2, padding=2, dtype="float16"),
+        problem(4, 96, (14, 13), 5, stride=2, padding=2, dtype="bfloat16"),
+    ],
+    ids=name,
+)
+def test_blocks_of_one_image_each(p):
+    made = [VARIANT.plan(p, H200, tile) for tile in image_marches(p, H200)]
+    made = [plan for plan in made if isinstance(plan, Plan)]
+    assert made
+    inputs = make_inputs(p)
+    wanted = reference.forward(*inputs, p)
+    for plan in made:
+        assert reference.describe_mismatch(run(plan, inputs, order_seed=2), *wanted) is None, plan.tile
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

@@ -1,7 +1,8 @@
 // tensor_copies.cuh: boxes of a tensor, copied to shared memory or from there by one instruction each
 // (cp.async.bulk.tensor, sm_90 and newer)
 //   The copy engine knows the tensor by a map that the host has made (tensor_maps.py). What a box has outside of the
-//   tensor becomes zeros. In the emulator the thread copies for itself.
+//   tensor becomes zeros. Along the innermost dimension it begins at a multiple of 16 bytes: elsewhere it is an illegal
+//   instruction. In the emulator the thread copies for itself.
 #pragma once
 #include "bulk_copies.cuh"
 
@@ -44,6 +45,8 @@ inline void bytes_of_box(const TensorMap& map, const void* place, const int (&fi
     const unsigned long long* const steps = map.words + 5;
     const unsigned long long* const box = map.words + 8;
     const unsigned long long element = map.words[12];
+    if (first[0] * static_cast<long long>(element) % 16 != 0)
+        ::dwconv_emulator::fail("a box begins at element %d of a line, which is no multiple of 16 bytes", first[0]);
     const unsigned long long pieces = map.words[13] / 16;
     unsigned char* const shared = shared_memory<unsigned char>();
     unsigned long long at = static_cast<const unsigned char*>(place) - shared;

@@ -237,6 +237,7 @@ __device__ __forceinline__ void wide_nhwc(const Tensors<typename C::Element>& te
 #define DWCONV_BOXES 0
 #define DWCONV_BOX_COLUMNS 0
 #define DWCONV_OUT_BOXES 0
+#define DWCONV_EVICT_FIRST 0
 #define DWCONV_CACHED 1
 #define DWCONV_COLUMNS 7
 #define DWCONV_ROWS 1
@@ -256,6 +257,7 @@ struct Config : ProblemConfig {
     static constexpr int kBoxes = DWCONV_BOXES;             // of columns side by side, that rows of x come as
     static constexpr int kBoxColumns = DWCONV_BOX_COLUMNS;  // of each
     static constexpr bool kOutBoxes = DWCONV_OUT_BOXES;     // rows of y leave as boxes, too
+    static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;  // what boxes bring leaves L2 before all else
     static constexpr int kChannels = DWCONV_CHANNELS, kVector = DWCONV_VECTOR;
     static constexpr int kColumns = DWCONV_COLUMNS, kRows = DWCONV_ROWS, kTaps = DWCONV_TAPS;
     static constexpr int kCopies = DWCONV_COPIES, kStoreBytes = DWCONV_STORE_BYTES, kWidth = DWCONV_WIDTH;

@@ -57,7 +57,7 @@ struct WideNhwcBoxes {
             expect_bytes(gates.gate(stage), C::kStageRows * row_bytes);
 #pragma unroll
             for (int k = 0; k < C::kBoxes; ++k)
-                send_box<false>(gates.gate(stage), to + k * kBoxBytes, map, channel, column + k * C::kBoxColumns, image,
+                send_box<C::kEvictFirst>(gates.gate(stage), to + k * kBoxBytes, map, channel, column + k * C::kBoxColumns, image,
                                 row);
         }
         row += C::kStageRows;

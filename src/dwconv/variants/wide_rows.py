@@ -37,6 +37,7 @@ class Tile:
         part_rows: output rows that a block makes one after the other, of as many images as that takes; 0: the march's
             are shared out among all blocks that the device holds at a time, others' are about a quarter of that.
         min_blocks: blocks that a multiprocessor must hold, which limits a thread's registers; 1 leaves that to ptxas.
+        evict_first: what boxes bring leaves L2 before all else: of tiles that read x once.
         cached: copies go through L1. Past it, they fetch twice the sectors; but blocks whose shared memory leaves it
             little fetch them again. Boxes do neither.
         slower: measured time over that of a copy, where memory is the limit; 0: unknown.
@@ -57,6 +58,7 @@ class Tile:
     vector: int = 1
     boxes: bool = False
     out_boxes: bool = False
+    evict_first: bool = False
     cached: bool = False
     slower: float = 0.0
 
@@ -64,6 +66,7 @@ class Tile:
         how = "filter in registers" if self.march else f"{self.rows} rows, {self.taps} taps at a time"
         if self.boxes:
             how += ", boxes of x and y" if self.out_boxes else ", boxes of x"
+            how += ", read once" if self.evict_first else ""
         least = f", {self.min_blocks} blocks or more" if self.min_blocks > 1 else ""
         return (
             f"{self.columns} columns × {self.vector} channels a lane, {self.channels} channels, {how}, "
