@@ -338,7 +338,7 @@ def shared_ends(row_bytes: int) -> float:
     return (32 - math.gcd(row_bytes, 32)) / max(1, row_bytes)
 
 
-def lines_of(width: float, apart: int, lanes: int) -> float:
+def lines_of(width: float, apart: float, lanes: int) -> float:
     """Cache lines of 128 bytes that one access of a warp touches: `width` bytes, `apart` bytes from lane to lane.
 
     The L1 looks up one line a clock; strips of few lanes lie in different rows.
