@@ -1,7 +1,7 @@
 // warp_rows.cuh: rows of 16-bit elements that take loads, or stores, of 4 bytes, of strips that belong to a warp each
-//   A lane owns 8 neighbouring columns, 4 words of a row. If it moved them by itself, every move of the warp would leave
-//   gaps, and L2 get every sector four times (1.3 times as long for a 3x3 filter on 510 columns). So words are moved as
-//   they lie, 32 neighbours at a time, and lanes trade them.
+//   A lane owns 8 neighbouring columns, 4 words of a row. If it moved them by itself, every move of the warp would
+//   leave gaps, and L2 get every sector four times (1.3 times as long for a 3x3 filter on 510 columns). So words are
+//   moved as they lie, 32 neighbours at a time, and lanes trade them.
 #pragma once
 #include "epilogue.cuh"
 #include "row_cells.cuh"
@@ -11,9 +11,9 @@ namespace dwconv {
 // Word n of a strip's 128 belongs to lane n / 4, and is its number n % 4. Move k of the warp takes words 32 * k to
 // 32 * k + 31: the bits of n % 4 have changed places with the upper two of the lane.
 struct WarpWords {
-    static constexpr int kCount = 4, kElements = 2;          // of a lane and row; of a word
-    static constexpr int kStep = 32 * kElements;             // columns from one move to the next
-    static constexpr int kColumns = kCount * kElements;      // of a lane
+    static constexpr int kCount = 4, kElements = 2;      // of a lane and row; of a word
+    static constexpr int kStep = 32 * kElements;         // columns from one move to the next
+    static constexpr int kColumns = kCount * kElements;  // of a lane
 
     // Columns from a lane's own first one to the one it moves first.
     __host__ __device__ static constexpr int moved(int lane) {

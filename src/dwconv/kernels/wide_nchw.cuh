@@ -193,8 +193,7 @@ __device__ __forceinline__ void sum_tile(const Tensors<typename C::Element>& ten
     if (!tile.exists) return;
 
     const bool mirrored = C::kHalves && tile.along > 0;
-    const Sum* filter =
-        filters + (tile.near_channel * Axes::kCopies + mirrored) * (Axes::kLines * Axes::kTapPitch);
+    const Sum* filter = filters + (tile.near_channel * Axes::kCopies + mirrored) * (Axes::kLines * Axes::kTapPitch);
     const int pitch = static_cast<int>(tiling.in_pitch);
     const int length = static_cast<int>(C::kTransposed ? sizes.in_h : sizes.in_w);
     const int lines = band.in_across + band.in_lines;
@@ -353,7 +352,8 @@ __device__ __forceinline__ void wide_nchw(const Tensors<typename C::Element>& te
 #pragma unroll
                 for (int o = 0; o < C::kAlong; o += C::kHalves ? 1 : Axes::kWrite)
                     if (tile.across + i < band.across + band.out_across)
-                        store_shared<C::kHalves ? 1 : Axes::kWrite>(into + i * tiling.out_pitch + o * step, &sums[i][o]);
+                        store_shared<C::kHalves ? 1 : Axes::kWrite>(into + i * tiling.out_pitch + o * step,
+                                                                    &sums[i][o]);
         }
         __syncthreads();
         if (tiling.out_wide)

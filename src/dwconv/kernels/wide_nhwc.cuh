@@ -254,9 +254,9 @@ struct Config : ProblemConfig {
     static constexpr int kThreads = DWCONV_THREADS, kMinBlocks = DWCONV_MIN_BLOCKS;
     static constexpr bool kMarch = DWCONV_MARCH;
     static constexpr bool kCached = DWCONV_CACHED;
-    static constexpr int kBoxes = DWCONV_BOXES;             // of columns side by side, that rows of x come as
-    static constexpr int kBoxColumns = DWCONV_BOX_COLUMNS;  // of each
-    static constexpr bool kOutBoxes = DWCONV_OUT_BOXES;     // rows of y leave as boxes, too
+    static constexpr int kBoxes = DWCONV_BOXES;              // of columns side by side, that rows of x come as
+    static constexpr int kBoxColumns = DWCONV_BOX_COLUMNS;   // of each
+    static constexpr bool kOutBoxes = DWCONV_OUT_BOXES;      // rows of y leave as boxes, too
     static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;  // what boxes bring leaves L2 before all else
     static constexpr int kChannels = DWCONV_CHANNELS, kVector = DWCONV_VECTOR;
     static constexpr int kColumns = DWCONV_COLUMNS, kRows = DWCONV_ROWS, kTaps = DWCONV_TAPS;

@@ -57,8 +57,8 @@ struct WideNhwcBoxes {
             expect_bytes(gates.gate(stage), C::kStageRows * row_bytes);
 #pragma unroll
             for (int k = 0; k < C::kBoxes; ++k)
-                send_box<C::kEvictFirst>(gates.gate(stage), to + k * kBoxBytes, map, channel, column + k * C::kBoxColumns, image,
-                                row);
+                send_box<C::kEvictFirst>(gates.gate(stage), to + k * kBoxBytes, map, channel,
+                                         column + k * C::kBoxColumns, image, row);
         }
         row += C::kStageRows;
         if (row >= end) open(sizes, tiling);

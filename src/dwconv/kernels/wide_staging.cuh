@@ -67,7 +67,8 @@ struct WideAxes {
     static_assert(kTaps <= C::kChunk || C::kChunk % 4 == 0, "kChunk must be a multiple of 4, as kAlong");
     static_assert(!C::kHalves || (kStride == 1 && 2 * kPad == (kTaps - 1) * kDilation && C::kInAlong == 2 * C::kAlong),
                   "halves of a line mirror each other if as much padding stands before it as behind it");
-    static_assert(!C::kHalves || (!C::kQueued && kTaps <= C::kChunk), "halves are made of all taps, and stored together");
+    static_assert(!C::kHalves || (!C::kQueued && kTaps <= C::kChunk),
+                  "halves are made of all taps, and stored together");
     static_assert(C::kAcross == 1 || kTaps <= C::kChunk, "kChunk must hold all taps of a line for several lines");
 };
 
@@ -239,8 +240,8 @@ __device__ __forceinline__ void stage_input(const typename C::Element* x, Sum* s
             step = place.step;
             into[k] = static_cast<int>(place.near_image * tiling.in_image + place.near_channel * tiling.in_channel) +
                       (C::kTransposed ? c * pitch + place.row : place.row * pitch + c);
-            mirrored[k] = into[k] + static_cast<int>(tiling.in_mirror) + extent - 1 -
-                          2 * (C::kTransposed ? place.row : c);
+            mirrored[k] =
+                into[k] + static_cast<int>(tiling.in_mirror) + extent - 1 - 2 * (C::kTransposed ? place.row : c);
             const typename C::Element* line = x + place.image * sizes.x_image +
                                               place.channel / C::kMultiplier * sizes.x_channel +
                                               (row + place.row) * sizes.x_row + (column + c);
