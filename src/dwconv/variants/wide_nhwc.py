@@ -249,7 +249,9 @@ def image_marches(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Til
         elif 14 < height <= 28 and taps > 25:
             yield tile(32, 4, 4, 2 * height, 0.9, out_boxes=True)
     elif problem.dtype == "float32" and few:
-        if not whole or channels % 64 == 0:
+        if (not whole or channels % 64 == 0) and height <= 7:
+            yield tile(most, 2, 2, height, 0.93, vector=2, stages=4, evict_first=once)
+        elif not whole or channels % 64 == 0:
             yield tile(most, 2, 2, height, 0.93, evict_first=once)
         elif channels % 2 == 0:
             yield tile(channels, 2, 2, height, 1.0, vector=2, evict_first=once)
