@@ -14,7 +14,7 @@ from .compile import CompiledKernel
 from .device import PRESETS, DeviceSpec
 from .errors import DepthwiseError
 from .plan import Constants, Plan
-from .tensor_maps import INVALID_CONTEXT, encoded
+from .tensor_maps import INVALID_CONTEXT, encoder
 
 # Imported here and not where it is used first: it takes 10 ms, which no call should wait for.
 try:
@@ -154,10 +154,9 @@ def launcher(plan: Plan, compiled: CompiledKernel, index: int) -> Launch:
     tensors_type, arguments_type, pointer = ctypes.c_void_p * 7, ctypes.c_void_p * 4, ctypes.c_void_p
 
     mapped = [each.operand for each in plan.maps]
-
-    @functools.lru_cache(maxsize=_MOST_MAPS)
-    def maps_at(*addresses: int) -> Any:
-        return encoded(plan.maps, addresses, functools.partial(_make_context_current, index))
+    if mapped:
+        encode = encoder(plan.maps, functools.partial(_make_context_current, index))
+        maps_at = functools.lru_cache(maxsize=_MOST_MAPS)(encode)
 
     def launch_now(*addresses: int) -> None:
         tensors = tensors_type(*addresses)  # twin of `dwconv::Tensors`, or of the smaller `dwconv::FilterGradients`

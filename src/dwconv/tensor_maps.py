@@ -27,41 +27,51 @@ def _encode_tiled() -> Any:
     return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
 
 
-def encoded(maps: Sequence[TensorMap], addresses: Sequence[int], make_current: Callable[[], None]) -> Words:
-    """The maps as a kernel takes them, one after the other, each of the tensor at its address.
+def encoder(maps: Sequence[TensorMap], make_current: Callable[[], None]) -> Callable[..., Words]:
+    """A function of the tensors' addresses that gives the maps as a kernel takes them, one after the other.
+
+    What doesn't change from call to call is packed here, once: two maps take 3 µs, not 8 (without the driver's part).
 
     make_current: gives this thread the device's context, where it has none: threads of the backward pass begin so.
 
     Raises:
-        DepthwiseError: the driver refuses one.
+        DepthwiseError: when it is called: the driver refuses a map.
     """
-    found = (ctypes.c_uint64 * (_WORDS * len(maps)))()
-    room = (ctypes.c_uint8 * (BYTES + _ALIGNMENT))()
-    aligned = -(-ctypes.addressof(room) // _ALIGNMENT) * _ALIGNMENT
-    for number, (given, address) in enumerate(zip(maps, addresses, strict=True)):
-        rank = len(given.sizes)
-        arguments = (
-            ctypes.c_void_p(aligned),
-            _UNSIGNED[given.element_bytes],
-            ctypes.c_uint32(rank),
-            ctypes.c_void_p(address),
-            (ctypes.c_uint64 * rank)(*given.sizes),
-            (ctypes.c_uint64 * (rank - 1))(*given.strides),
-            (ctypes.c_uint32 * rank)(*given.box),
-            (ctypes.c_uint32 * rank)(*(1,) * rank),
-            _NO_INTERLEAVE,
-            _SWIZZLES[given.swizzle],
-            _FETCH_LINES,
-            _ZEROS_OUTSIDE,
-        )
-        status = _encode_tiled()(*arguments)
-        if status == INVALID_CONTEXT:
-            make_current()
-            status = _encode_tiled()(*arguments)
-        if status:
-            raise DepthwiseError(f"the driver refuses a map of a tensor (CUDA error {status}): {given}")
-        ctypes.memmove(ctypes.addressof(found) + number * BYTES, aligned, BYTES)
-    return found
+    encode, words = _encode_tiled(), ctypes.c_uint64 * (_WORDS * len(maps))
+    room_type = ctypes.c_uint8 * (BYTES * len(maps) + _ALIGNMENT)
+    fixed = [_arguments(given) for given in maps]
+
+    def encoded(*addresses: int) -> Words:
+        room = room_type()
+        found = words.from_buffer(room, -ctypes.addressof(room) % _ALIGNMENT)
+        into = ctypes.addressof(found)
+        for number, (before, after) in enumerate(fixed):
+            arguments = ctypes.c_void_p(into), *before, ctypes.c_void_p(addresses[number]), *after
+            status = encode(*arguments)
+            if status == INVALID_CONTEXT:
+                make_current()
+                status = encode(*arguments)
+            if status:
+                raise DepthwiseError(f"the driver refuses a map of a tensor (CUDA error {status}): {maps[number]}")
+            into += BYTES
+        return found
+
+    return encoded
+
+
+def _arguments(given: TensorMap) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What the driver is told of a map before the tensor's address, and behind it."""
+    rank = len(given.sizes)
+    return (_UNSIGNED[given.element_bytes], ctypes.c_uint32(rank)), (
+        (ctypes.c_uint64 * rank)(*given.sizes),
+        (ctypes.c_uint64 * (rank - 1))(*given.strides),
+        (ctypes.c_uint32 * rank)(*given.box),
+        (ctypes.c_uint32 * rank)(*(1,) * rank),
+        _NO_INTERLEAVE,
+        _SWIZZLES[given.swizzle],
+        _FETCH_LINES,
+        _ZEROS_OUTSIDE,
+    )
 
 
 def emulated(maps: Sequence[TensorMap], addresses: Sequence[int]) -> Words:

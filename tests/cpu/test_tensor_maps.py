@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from dwconv.device import H200, PRESETS
 from dwconv.errors import DepthwiseError
 from dwconv.problem import DepthwiseProblem
-from dwconv.tensor_maps import BYTES, emulated, encoded
+from dwconv.tensor_maps import BYTES, emulated, encoder
 from dwconv.variants.boxes import forward_maps, gradient_maps
 from dwconv.variants.sparse_rows import turned
 from dwconv.variants.streams import streams
@@ -93,13 +94,13 @@ def test_the_emulator_is_told_the_fields():
 def test_a_refusal_of_the_driver_names_the_map(monkeypatch):
     monkeypatch.setattr("dwconv.tensor_maps._encode_tiled", lambda: lambda *_: 1)
     with pytest.raises(DepthwiseError, match="refuses a map of a tensor"):
-        encoded(gradient_maps(GIVEN, H200, False, (32, 9), (32, 4)), [4096, 8192], lambda: None)
+        encoder(gradient_maps(GIVEN, H200, False, (32, 9), (32, 4)), lambda: None)(4096, 8192)
 
 
 def test_a_thread_without_a_context_gets_one(monkeypatch):
     calls, answers = [], iter([201, 0, 0])
     monkeypatch.setattr("dwconv.tensor_maps._encode_tiled", lambda: lambda *_: next(answers))
-    found = encoded(gradient_maps(GIVEN, H200, False, (32, 9), (32, 4)), [4096, 8192], lambda: calls.append("current"))
+    found = encoder(gradient_maps(GIVEN, H200, False, (32, 9), (32, 4)), lambda: calls.append("current"))(4096, 8192)
     assert calls == ["current"]
     assert len(found) * 8 == 2 * BYTES
 
@@ -113,3 +114,22 @@ def test_what_leaves_the_cache_first():
     assert not streams(replace(small, channels=40, size=(99, 99)), H200)
     assert streams(replace(small, channels=40, layout="channels_first"), H200)
     assert not streams(replace(small, size=(56, 56)), H200)
+
+
+def test_the_driver_is_told_of_each_tensor_and_where_to_put_its_map(monkeypatch):
+    told = []
+
+    def encode(into, kind, rank, address, sizes, strides, box, steps, *rest):
+        told.append((kind, rank.value, address.value, list(sizes), list(strides), list(box), list(steps), rest))
+        assert into.value % 64 == 0
+        ctypes.memset(into.value, len(told), BYTES)
+        return 0
+
+    monkeypatch.setattr("dwconv.tensor_maps._encode_tiled", lambda: encode)
+    maps = gradient_maps(GIVEN, H200, False, (32, 9), (32, 4), swizzled=True)
+    at = encoder(maps, lambda: None)
+    found = [bytes(at(4096, 8192)), bytes(at(12288, 16384))]
+    assert [each[2] for each in told] == [4096, 8192, 12288, 16384]
+    assert told[0][3:7] == (list(maps[0].sizes), list(maps[0].strides), list(maps[0].box), [1] * 4)
+    assert told[0][7] == (0, 3, 2, 0)  # rows of 128 bytes are swizzled, L2 fetches 128
+    assert found == [b"\1" * BYTES + b"\2" * BYTES, b"\3" * BYTES + b"\4" * BYTES]
