@@ -19,7 +19,8 @@ from dwconv.emulator import build
 from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem, Epilogue, dense_strides
 from dwconv.variants.boxes import copies_boxes
-from dwconv.variants.wide_nhwc import Tile, WideNhwc, image_marches
+from dwconv.variants.wide_images import image_march
+from dwconv.variants.wide_nhwc import Tile, WideNhwc
 from problems import make_inputs, poisoned
 
 VARIANT = WideNhwc()
@@ -227,7 +228,7 @@ IMAGES = [
     (n, p)
     for suite in ("models", "kernelbench")
     for n, p in select(load_suite(suite), [], ["float32", "float16"], ["channels_last"], ["forward"])
-    if p.dims == 2 and list(image_marches(p, H200))
+    if p.dims == 2 and image_march(p, H200)
 ]
 
 
@@ -236,13 +237,13 @@ def test_blocks_of_one_image_each_are_legal_and_fit():
     assert len(IMAGES) > 20
     found = []
     for _, p in IMAGES:
-        plans = [VARIANT.plan(p, H200, tile) for tile in image_marches(p, H200)]
-        if p.channels % 4 == 0:
-            assert all(isinstance(plan, Plan) and plan.maps for plan in plans), p
-        found += [plan for plan in plans if isinstance(plan, Plan)]
+        plan = VARIANT.plan(p, H200, image_march(p, H200))
+        assert isinstance(plan, Plan), plan
+        assert plan.maps
+        found.append(plan)
     for resources in (kernel.resources for kernel in compile_many(found[::4])):
         assert resources.spill_bytes == resources.stack_bytes == 0
-    assert not list(image_marches(IMAGES[0][1], PRESETS["sm_80"]))
+    assert image_march(IMAGES[0][1], PRESETS["sm_80"]) is None
 
 
 @pytest.mark.parametrize(
@@ -258,13 +259,10 @@ def test_blocks_of_one_image_each_are_legal_and_fit():
     ids=name,
 )
 def test_blocks_of_one_image_each(p):
-    made = [VARIANT.plan(p, H200, tile) for tile in image_marches(p, H200)]
-    made = [plan for plan in made if isinstance(plan, Plan)]
-    assert made
+    plan = VARIANT.plan(p, H200, image_march(p, H200))
+    assert isinstance(plan, Plan), plan
     inputs = make_inputs(p)
-    wanted = reference.forward(*inputs, p)
-    for plan in made:
-        assert reference.describe_mismatch(run(plan, inputs, order_seed=2), *wanted) is None, plan.tile
+    assert reference.describe_mismatch(run(plan, inputs, order_seed=2), *reference.forward(*inputs, p)) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_sizes
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
-from .boxes import copies_boxes
-from .streams import MOST_SIZES
 from .strips import reached, too_long, window_columns
+from .wide_images import image_march
 from .wide_rows import (
     Cut,
     Tile,
@@ -45,7 +43,9 @@ class WideNhwc(Variant):
 
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
         offered = [each for tile in tiles(problem, device) for each in boxed(problem, device, tile)]
-        for tile in dict.fromkeys([*offered, *image_marches(problem, device)]):
+        if march := image_march(problem, device):
+            offered.append(march)
+        for tile in dict.fromkeys(offered):
             yield self.plan(problem, device, tile)
 
     def plan(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Plan | Rejection:
@@ -216,56 +216,6 @@ def measured_marches(problem: DepthwiseProblem) -> Iterator[Tile]:
             yield Tile(True, channels, 7, threads=channels // 2, min_blocks=4, vector=2, cached=True)
         elif not half and channels % 64 == 0:
             yield Tile(True, 64, 7, threads=64, min_blocks=6, vector=2, cached=True, slower=0.95)
-
-
-def image_marches(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
-    """Marches of boxes whose blocks make one image each, or 14 rows of it, as measured (H200, 2026-11).
-
-    Blocks that run at a time then read memory that lies together, and none waits for those with longer shares. With a
-    stride, x is far more than y: of up to four times L2, what is read leaves it first, so that what was written before
-    may stay.
-    """
-    channels, height, taps = problem.out_channels, problem.out_size[0], problem.taps
-    stride, few = max(problem.stride), problem.taps <= 9
-    unsuited = problem.filter[0] == 1 or problem.dilation != (1, 1) or taps > MARCH_TAPS
-    if not copies_boxes(device) or unsuited or problem.batch < 4 or channels < 32:
-        return
-
-    def tile(chunk: int, groups: int, rows: int, part_rows: int, slower: float, **more: Any) -> Tile:
-        threads = chunk // more.get("vector", 1) * groups
-        common = Tile(True, chunk, 7, threads=threads, stage_rows=rows, part_rows=part_rows, slower=slower, boxes=True)
-        return replace(common, min_blocks=1, **more)
-
-    once = problem.least_bytes <= MOST_SIZES * device.l2_bytes
-    most, whole = 64 if channels > 32 else 32, channels <= 256
-    if problem.dtype == "float32" and stride == 1:
-        if height <= 7:
-            low = tile(most, 2, 2, height, 0.85) if few else tile(32, 1, 2, height if taps <= 25 else 2 * height, 0.9)
-            yield replace(low, out_boxes=not few)
-        elif height <= 14 and taps <= 25:
-            yield tile(most, 2 if few else 1, 2, height, 0.92, out_boxes=True)
-        elif height > 28 and taps <= 25:
-            yield tile(min(channels, 144) if channels % 64 else 64, 1 if few else 2, 4, 14, 0.96)
-        elif 14 < height <= 28 and taps > 25:
-            yield tile(32, 4, 4, 2 * height, 0.9, out_boxes=True)
-    elif problem.dtype == "float32" and few:
-        if (not whole or channels % 64 == 0) and height <= 7:
-            yield tile(most, 2, 2, height, 0.93, vector=2, stages=4, evict_first=once)
-        elif not whole or channels % 64 == 0:
-            yield tile(most, 2, 2, height, 0.93, evict_first=once)
-        elif channels % 2 == 0:
-            yield tile(channels, 2, 2, height, 1.0, vector=2, evict_first=once)
-    elif problem.dtype == "float32" and height <= 14:
-        yield tile(most, 1, 2, 2 * height, 0.95)
-    elif problem.element_bytes == 2 and stride > 1 and channels % 2 == 0:
-        if few and whole and once:
-            yield tile(channels, 1, 2, height, 0.95, vector=2, evict_first=True)
-        elif not few and channels <= 96:
-            yield tile(channels, 4, 4, height, 1.2, evict_first=True)
-        elif not few and height > 14 and whole:
-            yield tile(channels, 2, 2, height, 0.85, vector=2, evict_first=once)
-        elif not few and height <= 14:
-            yield tile(32, 2, 2, 2 * height, 1.05, out_boxes=True, evict_first=True)
 
 
 def unit_instructions(problem: DepthwiseProblem, tile: Tile, one: Cut) -> float:
