@@ -2,19 +2,27 @@
 
     PYTHONPATH=src python benchmarks/sweep_tiles.py --variant direct_nchw --case 82_ --case 85_ --json tiles.json
     PYTHONPATH=src python benchmarks/sweep_tiles.py --variant taps_nchw --suite models --direction grad_weight --first 8
+    PYTHONPATH=src python benchmarks/sweep_tiles.py --variant wide_nhwc --suite models --dtype float32 \\
+        --vary part_rows=0,14,28 --vary stage_rows=2,4 --vary threads=64,128,192 --sample 90
 
 Leaves out what spills or gives a wrong result, and prints the best, the one that the variant prefers with an arrow.
-Tiles with the same figures differ by noise only: look at the spread.
+Tiles with the same figures differ by noise only: look at the spread. --vary gives fields of the tiles other values, all
+combinations of them, and --sample times some of these, the same ones each time: what no model would have chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import random
 import shlex
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,9 +33,10 @@ from dwconv.bench.suites import DIRECTIONS, LAYOUTS, SUITES, load_suite, select
 from dwconv.bench.timing import copy_contender, measure
 from dwconv.choose import candidates
 from dwconv.compile import compile_many
+from dwconv.device import DeviceSpec
 from dwconv.errors import DepthwiseError
 from dwconv.launch import device_spec
-from dwconv.plan import legal
+from dwconv.plan import Plan, legal
 from dwconv.problem import DTYPE_BYTES, DepthwiseProblem
 from dwconv.roofline import roofline
 from dwconv.variants import REGISTRY
@@ -35,18 +44,45 @@ from dwconv.variants import REGISTRY
 ROUNDS = 15
 BEST = 12
 
+Values = tuple[str, list[int]]  # of a tile's field, true and false as 1 and 0
 
-def sweep(problem: DepthwiseProblem, stem: str, first: int | None = None) -> list[dict[str, object]]:
+
+def varied(problem: DepthwiseProblem, device: DeviceSpec, stem: str, fields: Sequence[Values]) -> dict[str, Plan]:
+    """Legal plans of a variant's tiles whose fields take other values, all combinations of them, by their names."""
+    variant = REGISTRY[stem]
+    seen: Any = variant  # a variant's `plan` takes one of its tiles, which its plans tell by a sentence alone
+    with mock.patch.object(seen, "plan", wraps=seen.plan) as plan:
+        variant.every_plan(problem, device)
+    found: dict[str, Plan] = {}
+    for tile in dict.fromkeys(call.args[2] for call in plan.call_args_list):
+        if unknown := [name for name, _ in fields if not hasattr(tile, name)]:
+            raise SystemExit(f"--vary {unknown[0]}: tiles of {stem} have {', '.join(tile.__dataclass_fields__)}")
+        for values in itertools.product(*(given for _, given in fields)):
+            named = dict(zip((name for name, _ in fields), values, strict=True))
+            other = replace(tile, **{name: type(getattr(tile, name))(value) for name, value in named.items()})
+            if isinstance(made := seen.plan(problem, device, other), Plan):
+                found[f"{made.tile} ({', '.join(f'{name} {value}' for name, value in named.items())})"] = made
+    return found
+
+
+def sweep(
+    problem: DepthwiseProblem, stem: str, first: int | None, fields: Sequence[Values], sample: int | None
+) -> list[dict[str, object]]:
     """Attainment, prediction, spread and registers of a variant's tiles, the best first.
 
     first: so many of the tiles that are predicted as best; else all.
     """
     device = device_spec(0)
-    if first is None:
-        found = REGISTRY[stem].every_plan(problem.lifted(2), device)
+    lifted = (problem.as_forward() or problem).lifted(2)
+    if fields:
+        plans = varied(lifted, device, stem, fields)
+    elif first is None:
+        plans = {plan.tile: plan for plan in REGISTRY[stem].every_plan(lifted, device)}
     else:
-        found = legal(candidates(problem, device, stem))[:first]
-    plans = {plan.tile: plan for plan in found}
+        plans = {plan.tile: plan for plan in legal(candidates(problem, device, stem))[:first]}
+    if sample is not None and sample < len(plans):
+        plans = dict(random.Random(0).sample(list(plans.items()), sample))
+    plans = {name: replace(plan, problem=problem) for name, plan in plans.items()}
     tensors = make_tensors(problem, "cuda")
     expected = expect(problem, tensors)
     y = empty_result(problem, "cuda")
@@ -86,10 +122,15 @@ def main() -> None:
     parser.add_argument("--layout", action="append", default=[], choices=LAYOUTS)
     parser.add_argument("--direction", default="forward", choices=DIRECTIONS)
     parser.add_argument("--first", type=int, help="time so many tiles, those predicted as best; all by default")
+    parser.add_argument("--vary", action="append", default=[], metavar="FIELD=VALUE,...", help="repeatable")
+    parser.add_argument("--sample", type=int, help="time so many tiles, picked at random")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     command = shlex.join(["python", "benchmarks/sweep_tiles.py", *sys.argv[1:]])
     report = {"conditions": asdict(conditions_here(torch, ROUNDS, command)), "cases": {}}
+    fields = [
+        (name, [int(v) for v in values.split(",")]) for name, _, values in (v.partition("=") for v in options.vary)
+    ]
     cases = load_suite(options.suite)
     for name, problem in select(cases, options.case, options.dtype, options.layout, [options.direction]):
         try:
@@ -97,12 +138,12 @@ def main() -> None:
         except DepthwiseError as error:
             print(f"{name} {problem.dtype} {problem.layout}: {error}")
             continue
-        rows = sweep(problem, options.variant, options.first)
+        rows = sweep(problem, options.variant, options.first, fields, options.sample)
         report["cases"][f"{name} {problem.dtype} {problem.layout}"] = rows
         print(f"{name} {problem.dtype} {problem.layout}: {len(rows)} tiles")
         for number, row in enumerate(rows):
-            if number < BEST or row["tile"] == preferred:
-                arrow = "→" if row["tile"] == preferred else " "
+            if number < BEST or str(row["tile"]).split(" (")[0] == preferred:
+                arrow = "→" if str(row["tile"]).split(" (")[0] == preferred else " "
                 figures = f"{row['attainment']:.3f} ±{row['spread']:.1%} {row['registers']:4d} registers"
                 print(f"{arrow} {figures}  {row['tile']}")
         torch.cuda.empty_cache()

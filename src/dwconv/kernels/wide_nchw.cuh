@@ -8,8 +8,9 @@
 //   A block makes a band of `images` x `channels` planes. Shared memory, in sums' type: the number of the next task;
 //   the filters, their lines padded to an odd number of 16 bytes; the input of the band. Where lanes own short whole
 //   lines, one tile each, their outputs take the input's place before they leave; else warps take tasks of 32 tiles
-//   until none is left, and each has a buffer that the outputs of its task leave from. grid.x = image groups * channel
-//   groups * bands across * bands along least DRAM traffic: x + w + y, once each; halos between bands come from L2
+//   until none is left, and each has a buffer that the outputs of its task leave from.
+//   grid.x = image groups * channel groups * bands across * bands along
+//   least DRAM traffic: x + w + y, once each; halos between bands come from L2
 #pragma once
 #include "wide_staging.cuh"
 
