@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 from .errors import DepthwiseError
@@ -348,6 +349,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
+@lru_cache(maxsize=256)
 def dense_strides(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
     """Strides in elements of a dense tensor [N, C, *spatial] in a layout.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection, TensorMap, fast_divisor, problem_constants, problem_sizes
@@ -42,6 +43,7 @@ class Axis:
         return reached(self.filter, self.apart, self.size, self.step, self.padding, self.out)
 
 
+@lru_cache(maxsize=64)
 def axes(problem: DepthwiseProblem, turned: bool) -> tuple[Axis, Axis]:
     """The axis of the march, and the one across.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection
@@ -18,6 +20,7 @@ from .taps_nhwc_cost import seconds
 from .taps_nhwc_tiles import LARGE, Tile, cut, piece_bytes, tiles
 
 MOST_TILES = 14  # that are worth timing, by predicted time
+MOST_ARRANGED = 12  # shapes whose warps and stages are tried out
 MOST_SHAPES = 6  # that are offered with fewer stages, too
 MOST_ALIKE = 4  # of the same taps, columns and channels of a lane
 UNEVEN, WAVES = 0.9, 4  # below this share of rows that a tap meets on average, tiles of taps last unlike times
@@ -36,18 +39,26 @@ class TapsNhwc(Variant):
     def candidates(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Plan | Rejection]:
         planes, deep = planar(problem), depth_taps(problem)
         timed: dict[Tile, float] = {}
-        illegal: list[Tile] = []
+        illegal: dict[Tile, None] = {}
 
         def consider(tile: Tile) -> None:
+            if tile in timed or tile in illegal:
+                return
             one = cut(planes, device, tile, deep) if piece_bytes(planes, tile) else None
             if one is None:
-                illegal.append(tile)
-            elif tile not in timed:
+                illegal[tile] = None
+            else:
                 timed[tile] = seconds(planes, device, tile, one)
 
-        for tile in dict.fromkeys(tiles(planes, device, deep)):
-            for each in boxed(problem, device, tile):
-                consider(each)
+        # Of each shape the first and the last arrangement of warps and stages, of the best shapes all.
+        shapes = [boxed(problem, device, tile) for tile in dict.fromkeys(tiles(planes, device, deep))]
+        for shape in shapes:
+            consider(shape[0])
+            consider(shape[-1])
+        shapes_by_time = sorted(shapes, key=lambda shape: min(timed.get(shape[k], math.inf) for k in (0, -1)))
+        for tile in chain.from_iterable(shapes_by_time[:MOST_ARRANGED]):
+            consider(tile)
+        timed = {tile: timed[tile] for tile in chain.from_iterable(shapes) if tile in timed}
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_SHAPES]:
             for stages in () if tile.boxes else range(2, tile.stages):
                 consider(replace(tile, stages=stages))
