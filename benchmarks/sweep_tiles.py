@@ -142,8 +142,9 @@ def main() -> None:
         report["cases"][f"{name} {problem.dtype} {problem.layout}"] = rows
         print(f"{name} {problem.dtype} {problem.layout}: {len(rows)} tiles")
         for number, row in enumerate(rows):
-            if number < BEST or str(row["tile"]).split(" (")[0] == preferred:
-                arrow = "→" if str(row["tile"]).split(" (")[0] == preferred else " "
+            is_preferred = str(row["tile"]).split(" (")[0] == preferred  # --vary adds its values in brackets
+            if number < BEST or is_preferred:
+                arrow = "→" if is_preferred else " "
                 figures = f"{row['attainment']:.3f} ±{row['spread']:.1%} {row['registers']:4d} registers"
                 print(f"{arrow} {figures}  {row['tile']}")
         torch.cuda.empty_cache()

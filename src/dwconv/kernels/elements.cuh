@@ -54,14 +54,19 @@ __device__ __forceinline__ float held(float value) {
     return value;
 }
 
-// The two elements that 4 bytes of memory hold; the first in the lower half.
+// One of the two elements that 4 bytes of memory hold; the first is the lower half.
+template <class T>
+__device__ __forceinline__ float read_element(unsigned pair, bool upper) {
+    T element;
+    element.bits = static_cast<unsigned short>(pair >> (upper ? 16 : 0));
+    return static_cast<float>(element);
+}
+
+// Both of them.
 template <class T>
 __device__ __forceinline__ void read_pair(unsigned pair, float& first, float& second) {
-    T low, high;
-    low.bits = static_cast<unsigned short>(pair);
-    high.bits = static_cast<unsigned short>(pair >> 16);
-    first = static_cast<float>(low);
-    second = static_cast<float>(high);
+    first = read_element<T>(pair, false);
+    second = read_element<T>(pair, true);
 }
 template <>
 __device__ __forceinline__ void read_pair<BFloat16>(unsigned pair, float& first, float& second) {

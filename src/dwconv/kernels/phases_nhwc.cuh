@@ -67,9 +67,7 @@ struct Channels {
     template <class Sum>
     __device__ __forceinline__ Sum channel(int k) const {
         if constexpr (sizeof(T) == 2) {
-            T element;
-            element.bits = static_cast<unsigned short>(kSingle ? words[k] : words[k / 2] >> (k % 2 ? 16 : 0));
-            return static_cast<Sum>(element);
+            return read_element<T>(words[kSingle ? k : k / 2], !kSingle && k % 2);
         } else {
             union {
                 unsigned bits[sizeof(T) / 4];

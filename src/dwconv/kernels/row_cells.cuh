@@ -108,9 +108,7 @@ struct SlotRow {
         const int at = Columns::kFirst - Columns::kStart + k, cell = at / kCell, place = at % kCell;
         if constexpr (sizeof(T) == 2) {
             const bool upper = !kSingle && place % 2 && !(Columns::kLeft == 1 && cell == 0);
-            T element;
-            element.bits = static_cast<unsigned short>(words[cell][place / 2] >> (upper ? 16 : 0));
-            return static_cast<Sum>(element);
+            return read_element<T>(words[cell][place / 2], upper);
         } else {
             union {
                 unsigned bits[sizeof(T) / 4];

@@ -91,9 +91,7 @@ struct WarpRow {
     template <class Sum>
     __device__ __forceinline__ Sum column(int k) const {
         const int at = Columns::kFirst + k + kLeft * WarpWords::kElements;
-        T element;
-        element.bits = static_cast<unsigned short>(words[at / 2] >> (at % 2 ? 16 : 0));
-        return static_cast<Sum>(element);
+        return read_element<T>(words[at / 2], at % 2);
     }
 };
 

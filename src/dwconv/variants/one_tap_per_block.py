@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..device import DeviceSpec
 from ..plan import Plan, Rejection, problem_constants, problem_sizes
-from ..problem import DepthwiseProblem
+from ..problem import DTYPE_BYTES, DepthwiseProblem
 from .base import Variant, tap_by_tap_seconds
 
 THREADS = 256
@@ -29,7 +29,7 @@ class OneTapPerBlock(Variant):
             constants=tuple(sorted((problem_constants(problem) | {"THREADS": THREADS}).items())),
             grid=(problem.out_channels * sums, 1, 1),
             block=(THREADS, 1, 1),
-            shared_bytes=THREADS * 8,
+            shared_bytes=THREADS * DTYPE_BYTES["float64"],  # of its sums
             sizes=problem_sizes(problem),
             tiling=(problem.batch,),
             tile="1 sum a block",

@@ -58,6 +58,7 @@ class TapsNhwc(Variant):
         shapes_by_time = sorted(shapes, key=lambda shape: min(timed.get(shape[k], math.inf) for k in (0, -1)))
         for tile in chain.from_iterable(shapes_by_time[:MOST_ARRANGED]):
             consider(tile)
+        # In the order of their shapes again, which equal times keep.
         timed = {tile: timed[tile] for tile in chain.from_iterable(shapes) if tile in timed}
         for tile in sorted(timed, key=timed.__getitem__)[:MOST_SHAPES]:
             for stages in () if tile.boxes else range(2, tile.stages):

@@ -148,6 +148,11 @@ class Band:
         return self.tile.in_along > 0 and not self.tile.transposed and not self.tile.halves
 
     @property
+    def copies(self) -> int:
+        """Of lines and taps in shared memory: as they are; for halves of lines mirrored, too."""
+        return 2 if self.tile.halves else 1
+
+    @property
     def channels_merged(self) -> bool:
         """Are the planes of the block's channels one stretch, in memory as in shared memory?"""
         problem, flat = self.problem, self.flat and not self.tile.queued
@@ -171,7 +176,7 @@ class Band:
             out_plane = self.across.out * out_pitch
             in_image, out_image = _odd(self.channels * in_plane, read), _odd(self.channels * out_plane, write)
             return in_pitch, in_plane, in_image, out_pitch, out_plane, out_image
-        in_plane, out_plane = _odd(in_plane, read) * (2 if tile.halves else 1), _odd(out_plane, write)
+        in_plane, out_plane = _odd(in_plane, read) * self.copies, _odd(out_plane, write)
         return in_pitch, self.images * in_plane, in_plane, out_pitch, self.images * out_plane, out_plane
 
     @property
@@ -181,7 +186,7 @@ class Band:
         inputs, outputs = self.channels * in_channel, self.channels * out_channel
         if self.channels_merged:
             inputs, outputs = self.images * in_image, self.images * out_image
-        filters = self.channels * self.across.taps * tap_pitch * (2 if self.tile.halves else 1)
+        filters = self.channels * self.across.taps * tap_pitch * self.copies
         if not self.tile.queued:
             return filters + max(inputs, outputs)
         along = self.tile.along
@@ -300,7 +305,7 @@ class Band:
             *map(int, self.merged),
             int(self.channels_merged),
             *map(int, self.wide),
-            self.pitches[2] // 2 if self.tile.halves else 0,
+            self.pitches[2] // self.copies if self.copies > 1 else 0,
         )
 
 

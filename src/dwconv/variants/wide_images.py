@@ -49,10 +49,12 @@ class Blocks:
     small: bool = False
 
 
-FEW, MORE, MANY = range(1, 10), range(10, 26), range(26, 50)  # taps
-TINY, LOW, MIDDLE, TALL = range(1, 8), range(8, 15), range(15, 29), range(29, 2**31)  # rows of an image's outputs
+FEW, MORE, MANY, SEVERAL = range(1, 10), range(10, 26), range(26, 50), range(10, 50)  # taps
+MOST_ROWS = 2**31
+TINY, LOW, MIDDLE, TALL = range(1, 8), range(8, 15), range(15, 29), range(29, MOST_ROWS)  # rows of an image's outputs
+SMALL, LARGE, ANY = range(1, 15), range(15, MOST_ROWS), range(1, MOST_ROWS)
 
-Measured = dict[tuple[range, range], Blocks]
+Measured = dict[tuple[range, range], Blocks]  # the first that has a problem's taps and rows counts
 
 FLOAT32: Measured = {
     (FEW, TINY): Blocks(2, 0.85),
@@ -64,28 +66,18 @@ FLOAT32: Measured = {
     (FEW, TALL): Blocks(1, 0.96, rows=14, stage_rows=4),
     (MORE, TALL): Blocks(2, 0.96, rows=14, stage_rows=4),
 }
-
-_FEW_FLOAT32, _MORE_FLOAT32 = Blocks(2, 0.93, once=True), Blocks(1, 0.95, images=2)
 FLOAT32_STRIDED: Measured = {
     (FEW, TINY): Blocks(2, 0.93, vector=2, stages=4, once=True),
-    **dict.fromkeys(((FEW, LOW), (FEW, MIDDLE), (FEW, TALL)), _FEW_FLOAT32),
-    **dict.fromkeys(((MORE, TINY), (MORE, LOW), (MANY, TINY), (MANY, LOW)), _MORE_FLOAT32),
+    (FEW, ANY): Blocks(2, 0.93, once=True),
+    (SEVERAL, SMALL): Blocks(1, 0.95, images=2),
 }
-_FEW_PIXELS = Blocks(2, 1.0, PIXEL, vector=2, once=True)  # of channels that CHUNK doesn't divide
-FLOAT32_STRIDED_PIXELS: Measured = dict.fromkeys(((FEW, rows) for rows in (TINY, LOW, MIDDLE, TALL)), _FEW_PIXELS)
-
-_LOW_HALF = Blocks(2, 1.05, 32, images=2, out_boxes=True, once=True)
-HALF_STRIDED: Measured = dict.fromkeys(((taps, rows) for taps in (MORE, MANY) for rows in (TINY, LOW)), _LOW_HALF)
-_FEW_HALF = Blocks(1, 0.95, PIXEL, vector=2, once=True, small=True)
-_MORE_HALF = Blocks(2, 0.85, PIXEL, vector=2, once=True)
+FLOAT32_STRIDED_PIXELS: Measured = {(FEW, ANY): Blocks(2, 1.0, PIXEL, vector=2, once=True)}  # CHUNK doesn't divide them
+HALF_STRIDED: Measured = {(SEVERAL, SMALL): Blocks(2, 1.05, 32, images=2, out_boxes=True, once=True)}
 HALF_STRIDED_PIXELS: Measured = {
-    **dict.fromkeys(((FEW, rows) for rows in (TINY, LOW, MIDDLE, TALL)), _FEW_HALF),
-    **dict.fromkeys(((taps, rows) for taps in (MORE, MANY) for rows in (MIDDLE, TALL)), _MORE_HALF),
+    (FEW, ANY): Blocks(1, 0.95, PIXEL, vector=2, once=True, small=True),
+    (SEVERAL, LARGE): Blocks(2, 0.85, PIXEL, vector=2, once=True),
 }
-_NARROW_HALF = Blocks(4, 1.2, PIXEL, stage_rows=4, once=True)
-HALF_STRIDED_NARROW: Measured = dict.fromkeys(
-    ((taps, rows) for taps in (MORE, MANY) for rows in (TINY, LOW, MIDDLE, TALL)), _NARROW_HALF
-)
+HALF_STRIDED_NARROW: Measured = {(SEVERAL, ANY): Blocks(4, 1.2, PIXEL, stage_rows=4, once=True)}
 
 
 def measured_for(problem: DepthwiseProblem) -> list[Measured]:
