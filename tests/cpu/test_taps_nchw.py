@@ -102,6 +102,24 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("size", "align"), [((7, 7), 32), ((15, 17), 32), ((157, 61), 128), ((300, 301), 128)])
+def test_lines_stand_in_shared_memory_as_in_memory(size, align, dtype):
+    """Modulo sectors of L2, and its lines where these are long: the copy engine is slower otherwise."""
+    problem = problem_of(9, 5, size, (3, 3), 1, dtype=dtype)
+    geometry = geometry_of(problem, H200, Tile(5, 4, 3, 3, 128))
+    assert isinstance(geometry, Geometry)
+    assert geometry.align == align
+    elements = align // problem.element_bytes
+    x, g, plane = geometry.x, geometry.g, math.prod(size)
+    for pitches in (x, g):
+        assert (pitches.plane - plane) % elements == 0 or geometry.channels == 1
+        assert (pitches.image - problem.channels * plane) % elements == 0 or geometry.images == 1
+    for begin in (geometry.x_begin, geometry.g_begin, geometry.stage_elements):
+        assert begin % elements == 0
+    assert geometry.head_bytes % align == 0
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_through_a_problem(way):
     problem, tile, several = WAYS[way]

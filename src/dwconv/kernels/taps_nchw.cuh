@@ -116,7 +116,8 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
     using Stages = BulkStages<C::kStages, C::kReaders, C::kEvictFirst>;
     unsigned char* const shared = shared_memory<unsigned char>();
     TapsNchwNote* const notes = reinterpret_cast<TapsNchwNote*>(shared + Stages::kBytes);
-    T* const elements = reinterpret_cast<T*>(notes + C::kStages);
+    constexpr int kHeadBytes = Stages::kBytes + C::kStages * static_cast<int>(sizeof(TapsNchwNote));
+    T* const elements = reinterpret_cast<T*>(shared + ceil_div(kHeadBytes, C::kAlign) * C::kAlign);
     // Fills a stage from the first unit on, from this one, that adds anything, and says which one it was.
     const auto fill = [&](unsigned unit, unsigned which, const Stages* stages) {
         unit = next_unit<C>(unit, last, sizes, tiling, depth_tap);
@@ -206,6 +207,7 @@ __device__ __forceinline__ void taps_nchw(const FilterGradients<typename C::Elem
 #define DWCONV_STAGES 2
 #define DWCONV_CLUSTER 1
 #define DWCONV_EVICT_FIRST 0
+#define DWCONV_ALIGN 32
 #endif
 
 struct Config : ProblemConfig {
@@ -223,6 +225,7 @@ struct Config : ProblemConfig {
     // Rows and columns of padding at the far ends that outputs reach.
     static constexpr int kBottomReach = DWCONV_BOTTOM_REACH, kRightReach = DWCONV_RIGHT_REACH;
     static constexpr int kAtOnce = DWCONV_AT_ONCE;           // sums of a thread that are added up at once
+    static constexpr int kAlign = DWCONV_ALIGN;              // bytes modulo which lines stand as in memory
     static constexpr bool kCached = DWCONV_CACHED;           // copies go through L1
     static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;  // what kBulk sends leaves L2 before all else
     static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth: its planes are images, as many times as taps of it

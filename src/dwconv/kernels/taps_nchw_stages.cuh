@@ -1,7 +1,7 @@
 // taps_nchw_stages.cuh: which planes, rows and columns a block of taps_nchw has in shared memory, and their way there
-//   Elements stand in shared memory as they stand in memory, at the same place modulo 16 bytes: neighbouring rows (and
-//   planes, where x is dense) come as one stretch, whatever the length of a row is. On sm_90 and newer (kBulk) a warp
-//   of its own sends the lines of stages, each by one instruction; before, all threads copy pieces of 16 bytes.
+//   Elements stand in shared memory as they stand in memory, at the same place modulo kAlign bytes: neighbouring rows
+//   (and planes, where x is dense) come as one stretch, whatever the length of a row is. On sm_90 and newer (kBulk) a
+//   warp of its own sends the lines of stages, each by one instruction; before, all threads copy pieces of 16 bytes.
 #pragma once
 #include "bulk_copies.cuh"
 #include "copies.cuh"
@@ -9,7 +9,7 @@
 
 namespace dwconv {
 
-// Where x or g stands in a stage: steps in elements of shared memory, congruent to those of memory modulo 16 bytes.
+// Where x or g stands in a stage: steps in elements of shared memory, congruent to those of memory modulo kAlign bytes.
 struct TapsNchwPitches {
     unsigned image, plane, row;
     unsigned merged;  // whole planes of neighbouring channels are one stretch
@@ -86,10 +86,10 @@ struct alignas(16) TapsNchwNote {
     int x, g;  // where row 0 and column 0 of the first plane would stand, in elements from the stage's first
 };
 
-// Elements from the last multiple of 16 bytes to this address.
-template <class T>
-__device__ __forceinline__ int elements_behind_vector(const T* address) {
-    return static_cast<int>(reinterpret_cast<unsigned long long>(address) % 16 / sizeof(T));
+// Elements from the last multiple of `Bytes` to this address.
+template <int Bytes, class T>
+__device__ __forceinline__ int elements_behind(const T* address) {
+    return static_cast<int>(reinterpret_cast<unsigned long long>(address) % Bytes / sizeof(T));
 }
 
 // Lines of x or g, all of `length` elements: inner ones one step apart, and sets of them one outer step.
@@ -97,6 +97,7 @@ template <class T>
 struct TapsNchwLines {
     const T *from, *begin, *end;  // the first line; what it reads lies in [begin, end)
     T* into;
+    int behind;  // elements of the first line's place behind `into`
     int length, inner, outer;
     long long inner_step, outer_step;  // in memory
     int inner_pitch, outer_pitch;      // in shared memory
@@ -127,6 +128,7 @@ struct TapsNchwLines {
         found.begin = is_first ? first.begin : second.begin;
         found.end = is_first ? first.end : second.end;
         found.into = is_first ? first.into : second.into;
+        found.behind = is_first ? first.behind : second.behind;
         found.length = is_first ? first.length : second.length;
         found.inner = is_first ? first.inner : second.inner;
         found.outer = is_first ? first.outer : second.outer;
@@ -148,7 +150,7 @@ struct TapsNchwLine {
     __device__ __forceinline__ TapsNchwLine(const TapsNchwLines<T>& lines, int number) {
         constexpr int kVector = 16 / sizeof(T);
         const int o = lines.inner == 1 ? number : number / lines.inner, i = number - o * lines.inner;
-        const int place = elements_behind_vector(lines.from) + o * lines.outer_pitch + i * lines.inner_pitch;
+        const int place = lines.behind + o * lines.outer_pitch + i * lines.inner_pitch;
         before = place % kVector;
         from = lines.from + (o * lines.outer_step + i * lines.inner_step - before);
         to = lines.into + (place - before);
@@ -243,8 +245,9 @@ __device__ __forceinline__ TapsNchwNote copy_stage(const FilterGradients<typenam
     x.end = tensors.x + (planes.last_of_x(sizes, tiling) + (sizes.out_channels / C::kMultiplier - 1) * sizes.x_channel +
                          sizes.in_h * sizes.in_w);
     x.into = into + tiling.x_begin;
-    note.x = static_cast<int>(tiling.x_begin) + elements_behind_vector(x.from) -
-             stage.in_row * static_cast<int>(tiling.x.row) - stage.in_column;
+    x.behind = elements_behind<C::kAlign>(x.from);
+    note.x =
+        static_cast<int>(tiling.x_begin) + x.behind - stage.in_row * static_cast<int>(tiling.x.row) - stage.in_column;
 
     const long long plane = sizes.out_h * sizes.out_w, channel_step = C::kVolume ? sizes.out_d * plane : plane;
     Lines g(tiling.g, by_rows, stage.images, channels * C::kMultiplier, stage.rows, stage.columns,
@@ -254,8 +257,8 @@ __device__ __forceinline__ TapsNchwNote copy_stage(const FilterGradients<typenam
     g.begin = tensors.g;
     g.end = tensors.g + sizes.planes * channel_step;
     g.into = into + tiling.g_begin;
-    note.g = static_cast<int>(tiling.g_begin) + elements_behind_vector(g.from) -
-             stage.row * static_cast<int>(tiling.g.row) - stage.column;
+    g.behind = elements_behind<C::kAlign>(g.from);
+    note.g = static_cast<int>(tiling.g_begin) + g.behind - stage.row * static_cast<int>(tiling.g.row) - stage.column;
 
     if (!x_exists) {  // g is summed for the bias beside zeros
         for (unsigned at = tiling.x_begin + threadIdx.x % C::kFillers; at < tiling.g_begin; at += C::kFillers)

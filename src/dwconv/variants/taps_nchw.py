@@ -104,6 +104,7 @@ def constants_of(
         "VOLUME": int(problem.dims == 3),
         "BULK": int(geometry.bulk),
         "STAGES": geometry.stages,
+        "ALIGN": geometry.align,
         "CLUSTER": geometry.cluster,
         "EVICT_FIRST": int(geometry.bulk and streams(problem, device, times=problem.lifted(3).filter[0])),
     }

@@ -24,6 +24,9 @@ from .taps_nchw_layout import (
 SHORT_LINE = 1024  # bytes: shorter lines come through L1, for the sectors that two of them share
 MOST_PARTIAL = 1 << 26  # bytes
 MOST_PARTS = 128
+# Bytes modulo which lines stand as in memory: sectors of L2, and its lines where these are few beside what is copied.
+# The copy engine is up to a third slower where sectors lie across those of shared memory (H200, 2026-11).
+SECTOR, L2_LINE, LONG_LINES = 32, 128, 7000
 CLUSTERED = 0.9  # of the blocks that the card holds at a time, at most, where two of them are a cluster
 
 
@@ -55,20 +58,21 @@ def pitches(
     rows: int,
     merges: bool,
     by_rows: bool,
-    vector: int,
+    align: int,
     threads: int,
     element_bytes: int,
 ) -> Pitches:
-    """Where lines stand in shared memory: steps congruent to memory's, and room for pieces that lines share."""
-    row_pitch = up(width + 2 * vector, vector, row % vector) if by_rows else row
+    """Where lines stand in shared memory: steps congruent to memory's modulo `align` elements, and room beside them."""
+    room = align + 16 // element_bytes  # a line begins behind a multiple of `align`, and ends with a whole piece
+    row_pitch = up(width + room, align, row % align) if by_rows else row
     extent = (rows - 1) * row_pitch + width
-    plane_pitch = step_plane if merges else up(extent + 2 * vector, vector, step_plane % vector)
-    image_pitch = up((planes - 1) * plane_pitch + extent + 2 * vector, vector, step_image % vector)
+    plane_pitch = step_plane if merges else up(extent + room, align, step_plane % align)
+    image_pitch = up((planes - 1) * plane_pitch + extent + room, align, step_image % align)
     lines = rows * planes if by_rows else images * (1 if merges else planes)
     length = width if by_rows else (planes - 1) * plane_pitch + extent if merges else extent
     team = threads if lines == 1 else max(32, threads // lines // 32 * 32)
-    elements = (images - 1) * image_pitch + (planes - 1) * plane_pitch + extent + 2 * vector
-    return Pitches(image_pitch, plane_pitch, row_pitch, merges, team, up(elements, vector), length * element_bytes)
+    elements = (images - 1) * image_pitch + (planes - 1) * plane_pitch + extent + room
+    return Pitches(image_pitch, plane_pitch, row_pitch, merges, team, up(elements, align), length * element_bytes)
 
 
 def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Geometry | str:
@@ -87,9 +91,10 @@ def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ge
     for budget in (device.shared_bytes // 2 - 1024, device.shared_bytes - 1024):  # two blocks, or one
         threads = room
         while threads >= 1:
-            found = _cut(
-                problem, device, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns, out_depth
-            )
+            whole = (problem, device, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns, out_depth)
+            found = _cut(*whole, SECTOR)
+            if found.bulk and found.x.line_bytes + found.g.line_bytes >= LONG_LINES:
+                found = _cut(*whole, L2_LINE)
             if found.shared_bytes <= budget:
                 found = replace(found, groups=found.groups * depth_taps, depth_taps=depth_taps)
                 return _parted(problem, device, tile, _spread(problem, tile, found))
@@ -107,14 +112,16 @@ def _cut(
     tiled_taps: int,
     tap_tile_columns: int,
     out_depth: int,
+    bulk_align: int,
 ) -> Geometry:
     """The stages in which so many threads have a tile for each tile of taps and each of `multiplier` planes.
 
-    out_depth: of volumes, whose planes have stages of their own; else 0.
+    out_depth: of volumes, whose planes have stages of their own; else 0. bulk_align: of lines that are sent, in bytes.
     """
     (height, width), (out_h, out_w), size = problem.size, problem.out_size, problem.element_bytes
     bulk = device.sm >= BULK_COPIES
-    vector = 16 // size
+    align_bytes = bulk_align if bulk else 16
+    vector, align = 16 // size, align_bytes // size
     of_thread = divided(row_tiles * column_tiles, threads) if tiled_taps > 1 else 1
     column_bands = row_bands = channels = images = 1
     if column_tiles > threads:
@@ -147,19 +154,19 @@ def _cut(
     whole, planes = row_bands == 1 and not by_rows, channels * problem.multiplier
     x = pitches(
         x_image, x_channel, width, in_columns, images=images, planes=channels, rows=in_rows,
-        merges=whole and (channels == 1 or x_channel == height * width), by_rows=by_rows, vector=vector,
+        merges=whole and (channels == 1 or x_channel == height * width), by_rows=by_rows, align=align,
         threads=tile.threads, element_bytes=size,
     )  # fmt: skip
     g = pitches(
         problem.out_channels * out_h * out_w, out_h * out_w * max(1, out_depth), out_w, band_columns, images=images,
-        planes=planes, rows=band_rows, merges=whole and out_depth < 2, by_rows=by_rows, vector=vector,
+        planes=planes, rows=band_rows, merges=whole and out_depth < 2, by_rows=by_rows, align=align,
         threads=tile.threads, element_bytes=size,
     )  # fmt: skip
     beyond = (tap_tile_columns * tile.tap_columns - problem.filter[1]) * problem.dilation[1]
     below, right = far_reach(problem)
-    x_begin = up(problem.padding[1][0] + vector, vector)
-    g_begin = x_begin + x.elements + up(right + beyond + vector, vector)
-    stage_elements = up(g_begin + g.elements, vector)
+    x_begin = up(problem.padding[1][0] + vector, align)
+    g_begin = x_begin + x.elements + up(right + beyond + vector, align)
+    stage_elements = up(g_begin + g.elements, align)
     sums = tile.taps + problem.bias
     outputs = planes * tiled_taps * sums
     groups, units = (
@@ -173,7 +180,7 @@ def _cut(
         cached=min(x.line_bytes, g.line_bytes) < SHORT_LINE, x=x, g=g, x_begin=x_begin, g_begin=g_begin,
         stage_elements=stage_elements, scratch=up(outputs + 1, 4), shared_bytes=0, partial_bytes=0,
         used=images * planes * tiled_taps * lanes * column_tiles,
-        bulk=bulk, threads=tile.threads + (32 if bulk else 0),
+        bulk=bulk, align=align_bytes, threads=tile.threads + (32 if bulk else 0),
     )  # fmt: skip
     return replace(found, shared_bytes=shared_bytes(problem, tile, found))
 
@@ -196,14 +203,14 @@ def lanes_of(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> list[
     return found
 
 
-def _best_spread(lanes: list[tuple[int, int]], width: int, spreads: bool) -> tuple[int, int]:
-    """Clocks of a read, and by how many pieces of 16 bytes images are moved apart for them."""
+def _best_spread(lanes: list[tuple[int, int]], width: int, step: int | None) -> tuple[int, int]:
+    """Clocks of a read, and by how many bytes, multiples of `step`, images are moved apart for them."""
     found = banked(tuple([at for _, at in lanes]), width), 0
-    # 4 bytes times 32 banks are eight pieces
-    for more in range(1, 8) if spreads else ():
+    # 32 banks of 4 bytes
+    for more in range(step, 128, step) if step else ():
         if found[0] == max(1, width * len(lanes) // 128):
             break
-        found = min(found, (banked(tuple([at + 16 * more * image for image, at in lanes]), width), more))
+        found = min(found, (banked(tuple([at + more * image for image, at in lanes]), width), more))
     return found
 
 
@@ -212,11 +219,12 @@ def _spread(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> Geomet
     size, lanes = problem.element_bytes, lanes_of(problem, tile, geometry)
     spreads = geometry.images > 1 and geometry.used // geometry.images < 32 and geometry.x.merged == geometry.g.merged
     of_x, of_g = [(image, at) for image, at, _ in lanes], [(image, at) for image, _, at in lanes]
-    x_clocks, x_more = _best_spread(of_x, size * geometry.read_x, spreads)
-    g_clocks, g_more = _best_spread(of_g, size * geometry.read_g, spreads)
+    step = geometry.align if spreads else None
+    x_clocks, x_more = _best_spread(of_x, size * geometry.read_x, step)
+    g_clocks, g_more = _best_spread(of_g, size * geometry.read_g, step)
     if not x_more and not g_more:
         return replace(geometry, read_clocks=(x_clocks, g_clocks))
-    last, x_more, g_more = geometry.images - 1, x_more * 16 // size, g_more * 16 // size
+    last, x_more, g_more = geometry.images - 1, x_more // size, g_more // size
     x, g = geometry.x, geometry.g
     found = replace(
         geometry,
@@ -238,14 +246,21 @@ def resident(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry
     )
 
 
+def stages_of(problem: DepthwiseProblem, device: DeviceSpec, geometry: Geometry, blocks: int) -> int:
+    """How many stages each of so many blocks of a multiprocessor has room for."""
+    room = device.shared_bytes // blocks - 1024 - geometry.align
+    return room // (geometry.stage_elements * problem.element_bytes + HEAD_BYTES)
+
+
 def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry: Geometry) -> Geometry:
-    """With as many parts of the units as keep all multiprocessors busy to the end."""
+    """With the tile's parts of the units, or as many as keep all multiprocessors busy to the end."""
     blocks = resident(problem, device, tile, geometry)
     wave = device.multiprocessors * blocks
     outputs = geometry.channels * problem.multiplier * geometry.tap_tiles
     outputs *= tile.taps + problem.bias
     best, least = 1, math.inf
-    for parts in range(1, min(geometry.units, MOST_PARTS, 1 + 2 * wave // geometry.groups) + 1):
+    most = min(geometry.units, MOST_PARTS, 1 + 2 * wave // geometry.groups)
+    for parts in [min(tile.parts, most)] if tile.parts else range(1, most + 1):
         each = divided(geometry.units, parts)
         rounds = geometry.groups * divided(geometry.units, each) / wave
         # a full wave runs at the rate of the whole device; a block starts and ends at the cost of half a stage or so
@@ -256,13 +271,15 @@ def _parted(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, geometry:
     each = divided(geometry.units, best)
     parts = divided(geometry.units, each)
     found = replace(geometry, parts=parts, part_units=each, blocks=blocks)
-    if found.bulk:  # as many stages as the memory holds anyway
-        room = device.shared_bytes // blocks - 1024
-        stages = room // (geometry.stage_elements * problem.element_bytes + HEAD_BYTES)
-        found = replace(found, stages=max(2, min(MOST_STAGES, stages, each + 1)))
+    if found.bulk:
         # Two parts side by side are added up 1 µs sooner; more, or few free places, keep clusters waiting (H200).
         if found.depth_taps == 1 and parts == 2 and found.groups * parts <= CLUSTERED * wave:
             found = replace(found, cluster=parts)
+        needed = min(blocks, divided(found.groups * parts, device.multiprocessors))
+        if found.cluster == 1 and stages_of(problem, device, found, needed) >= MOST_STAGES:
+            blocks = needed
+        stages = stages_of(problem, device, found, blocks)
+        found = replace(found, blocks=blocks, stages=max(2, min(MOST_STAGES, stages, each + 1)))
     return replace(
         found,
         shared_bytes=shared_bytes(problem, tile, found),

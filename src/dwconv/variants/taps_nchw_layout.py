@@ -21,6 +21,7 @@ class Tile:
         rows, columns: outputs of a tile, which a thread has in registers.
         tap_rows, tap_columns: taps whose sums it has.
         threads: of a block that have tiles.
+        parts: blocks of a group of channels; 0 for as many as keep all multiprocessors equally busy.
     """
 
     rows: int
@@ -28,6 +29,7 @@ class Tile:
     tap_rows: int
     tap_columns: int
     threads: int = 128
+    parts: int = 0
 
     @property
     def taps(self) -> int:
@@ -36,7 +38,7 @@ class Tile:
     def __str__(self) -> str:
         return (
             f"{self.rows} × {self.columns} outputs and {self.tap_rows} × {self.tap_columns} taps a thread, "
-            f"{self.threads} threads"
+            f"{self.threads} threads{f', {self.parts} parts' if self.parts else ''}"
         )
 
 
@@ -84,6 +86,7 @@ class Geometry:
         bulk: whether a warp of its own sends stages; threads: of a block, with that warp.
         stages: that a block has room for.
         cluster: 2 where the two parts of each group are a cluster, else 1.
+        align: bytes modulo which lines stand as in memory.
         read_clocks: of shared memory, for a warp's read of x, of g.
     """
 
@@ -120,10 +123,11 @@ class Geometry:
     threads: int = 0
     stages: int = 2
     cluster: int = 1
+    align: int = 16
 
     @property
     def head_bytes(self) -> int:
-        return HEAD_BYTES * self.stages
+        return up(HEAD_BYTES * self.stages, self.align)
 
 
 def read_widths(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
