@@ -32,7 +32,8 @@ MOST_TILES = 14
 MOST_SHAPES = 8  # for which geometries are made, and as many that have few outputs, rows, columns
 SMALL_TILE, FEW_ROWS, FEW_COLUMNS = 42, 2, 5
 LONG_CODE = 1600  # products: longer code seldom pays
-MOST_STEPS = 24000  # of the loops around a product: in longer ones the compiler leaves g in local memory
+# Of the loops around a product, with few and with many columns: in longer ones the compiler leaves g in local memory.
+MOST_STEPS, MORE_STEPS = 24000, 29000
 THREADS = (64, 128, 192)
 MORE_THREADS = (96, 160, 224, 256)  # for the shapes of the BETTER best
 BETTER = 6
@@ -160,12 +161,12 @@ def tap_tiles(problem: DepthwiseProblem) -> list[tuple[int, int]]:
 def rolled(problem: DepthwiseProblem, tile: Tile) -> bool:
     """Whether the compiler may not unroll the loops over rows and columns of x and outputs: ten to forty times slower.
 
-    So it was for many of the tiles with that many steps and 7 to 13 columns, and with twice as many and 14 or more.
+    So it was for many of the tiles with that many steps and 7 to 13 columns, and with more of 14 columns and more.
     """
     read_x, _ = read_widths(problem, tile)
     width = window_width(problem, tile) + -problem.padding[1][0] % read_x
     steps = window_height(problem, tile) * up(width, read_x) * tile.rows * tile.columns
-    return steps > (MOST_STEPS if tile.columns < 14 else 2 * MOST_STEPS)
+    return steps > (MOST_STEPS if tile.columns < 14 else MORE_STEPS)
 
 
 def shapes_of(problem: DepthwiseProblem) -> list[Tile]:
@@ -239,7 +240,9 @@ def tile_counts(problem: DepthwiseProblem, tile: Tile, geometry: Geometry) -> tu
     converted = costs.convert * (height * width + outputs) if problem.element_bytes == 2 else 0
     sides = problem.padding[1][0] + geometry.reach[1] if tile.tap_columns == problem.filter[1] else width
     sides = 0 if all_columns else sides
-    masks = height * min(width, sides) + (0 if problem.out_size[1] % tile.columns == 0 else outputs)
+    masks = height * min(width, sides)
+    if problem.out_size[1] % tile.columns:  # a mask of its own for each column, and for outputs of a neighbour
+        masks += masks + outputs
     x_reads = height * divided(width + geometry.read_x - 1, geometry.read_x)
     g_reads = outputs / geometry.read_g
     products = outputs * tile.tap_rows * tile.tap_columns * (2 if problem.element_bytes == 8 else 1)
