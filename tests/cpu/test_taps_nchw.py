@@ -17,9 +17,10 @@ from dwconv.plan import Plan, Rejection
 from dwconv.problem import DepthwiseProblem
 from dwconv.variants import REGISTRY
 from dwconv.variants.banks import banked
+from dwconv.variants.taps_nchw_cost import valid_share
 from dwconv.variants.taps_nchw_geometry import geometry_of
 from dwconv.variants.taps_nchw_layout import Geometry, Tile
-from dwconv.variants.taps_nchw_tiles import tiles_of, valid_share
+from dwconv.variants.taps_nchw_tiles import tiles_of
 from problems import make_filter_gradient_inputs, make_filter_gradients
 
 VARIANT = REGISTRY["taps_nchw"]

@@ -11,9 +11,10 @@ from ..problem import DepthwiseProblem
 from .base import GRID_X_LIMIT, Variant
 from .streams import streams
 from .strips import planar, too_deep, too_long
+from .taps_nchw_cost import taps_seconds
 from .taps_nchw_geometry import geometry_of
 from .taps_nchw_layout import Geometry, Tile, at_once, whole
-from .taps_nchw_tiles import taps_seconds, tiles_of
+from .taps_nchw_tiles import tiles_of
 
 
 class TapsNchw(Variant):

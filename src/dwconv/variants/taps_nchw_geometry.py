@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .banks import banked
-from .streams import BULK_COPIES
+from .streams import BULK_COPIES, LINE
 from .strips import divided, planar, up
 from .taps_nchw_layout import (
     HEAD_BYTES,
@@ -26,7 +26,7 @@ MOST_PARTIAL = 1 << 26  # bytes
 MOST_PARTS = 128
 # Bytes modulo which lines stand as in memory: sectors of L2, and its lines where these are few beside what is copied.
 # The copy engine is up to a third slower where sectors lie across those of shared memory (H200, 2026-11).
-SECTOR, L2_LINE, LONG_LINES = 32, 128, 7000
+SECTOR, LONG_LINES = 32, 7000
 CLUSTERED = 0.9  # of the blocks that the card holds at a time, at most, where two of them are a cluster
 
 
@@ -91,10 +91,10 @@ def geometry_of(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Ge
     for budget in (device.shared_bytes // 2 - 1024, device.shared_bytes - 1024):  # two blocks, or one
         threads = room
         while threads >= 1:
-            whole = (problem, device, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns, out_depth)
-            found = _cut(*whole, SECTOR)
+            asked = (problem, device, tile, threads, row_tiles, column_tiles, tiled_taps, tap_tile_columns, out_depth)
+            found = _cut(*asked, SECTOR)
             if found.bulk and found.x.line_bytes + found.g.line_bytes >= LONG_LINES:
-                found = _cut(*whole, L2_LINE)
+                found = _cut(*asked, LINE)
             if found.shared_bytes <= budget:
                 found = replace(found, groups=found.groups * depth_taps, depth_taps=depth_taps)
                 return _parted(problem, device, tile, _spread(problem, tile, found))
