@@ -111,7 +111,8 @@ TAKEN = {
 }
 
 _OF_BOTH = {
-    "sums of columns, not of diagonals": ("Stride * Pitch + 1)", "Stride * Pitch)"),
+    "the second column of another diagonal": ("((m + Stride) & 7)", "m"),
+    "words of the chunk before": ("Stride * (2 * q + column) - m + 7", "Stride * (2 * q + column) - m"),
     "rows of g of the segment before": ("segment.has(number - back)", "segment.has(segment.first)"),
     "a column of x too far": ("tap_b * W::kApartB * W::kSpreadB - W::kLead", "tap_b * W::kApartB * W::kSpreadB + 1"),
     "a stage that isn't cleared": ("= uint4{0, 0, 0, 0};", "= uint4{0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};"),
@@ -125,7 +126,7 @@ _OF_BOTH = {
 MUTANTS = {
     MATRIX: _OF_BOTH
     | {
-        "windows that begin at the lead": ("(v * W::kSpreadB + C::kLead)", "(v * W::kSpreadB)"),
+        "windows that begin at the lead": ("at = position - Lead", "at = position"),
         "the row of g of another step": (
             "g[o][(Phase + W::kLive - back) % W::kLive]",
             "g[o][(Phase + back) % W::kLive]",
@@ -142,6 +143,11 @@ MUTANTS = {
         "the windows of other outputs": ("W::word_of(1, c)", "W::word_of(0, c)"),
     },
 }
+
+
+def sums_bytes(plan: Plan, tile: Tile) -> int:
+    """What the sums of a block take of shared memory."""
+    return 4 * (tile.taps[0] * tile.taps[1] + plan.problem.bias) * (tile.channels + 4)
 
 
 def numbers_of(variant: LinesVariant, tile: Tile, one: Cut, plan: Plan) -> dict[str, int]:
@@ -165,6 +171,6 @@ def numbers_of(variant: LinesVariant, tile: Tile, one: Cut, plan: Plan) -> dict[
     return of_both | {
         "W::kStageBytes": one.layout.stage_bytes,
         "W::kGatesAt + dwconv::StageGates<Config::kStages, W::kThreads>::kBytes": plan.shared_bytes,
-        "W::kSumsBytes": 4 * one.count + one.slab * one.layout.row_bytes * tile.warps,
+        "W::kSumsBytes": sums_bytes(plan, tile),
         "W::kSets * W::kChunks * Config::kOwn / 2": one.layout.products,
     }

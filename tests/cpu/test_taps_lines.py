@@ -29,7 +29,7 @@ from line_problems import (
     reason,
     without_repair,
 )
-from line_ways import BOTH, FIRST, LAST, MATRIX, MUTANTS, SPARSE, TAKEN, WAYS, numbers_of
+from line_ways import BOTH, FIRST, LAST, MATRIX, MUTANTS, SPARSE, TAKEN, WAYS, numbers_of, sums_bytes
 
 PLANS = {
     variant: plans_of(variant, edges(variant.layouts[0])) + [plan_of(variant, *way) for way in WAYS[variant].values()]
@@ -79,7 +79,8 @@ def test_the_tests_take_every_way(variant):
     for constant, values in TAKEN[variant].items():
         assert {each[constant] for each in found} == values, constant
     assert any(each["WIDTH"] > 0 for each in found)
-    assert any(each["SLAB"] < each["TAPS_A"] for each in found)
+    assert {each["OWN"] * each["TAPS_A"] % 4 for each in found} >= {0, 2}  # sums of four products at a time
+    assert any(each["TAPS_B"] > 16 for each in found)  # sums of eight taps at a time
     assert {plan.problem.dtype for plan in PLANS[variant]} == {"float16", "bfloat16"}
 
 
@@ -100,7 +101,7 @@ def test_mistakes_are_noticed(variant, mistake, monkeypatch):
 def test_plans_know_what_the_kernel_does(variant, way):
     given, tile = WAYS[variant][way]
     one, plan = cut_of(variant, given, tile), plan_of(variant, given, tile)
-    assert plan.shared_bytes == one.shared_bytes >= 4 * one.count + one.slab * one.layout.row_bytes * tile.warps
+    assert plan.shared_bytes == one.shared_bytes >= sums_bytes(plan, tile)
     assert plan.shared_bytes >= 16 * (plan.block[0] + 1)  # for the last block
     assert_in_kernel(plan, numbers_of(variant, tile, one, plan))
 

@@ -55,19 +55,30 @@ struct MetPlanes {
     }
 };
 
+// What this thread has written, and what barriers tell it of, comes before what it writes afterwards, and what it reads
+// afterwards behind that, for all threads of the device. __threadfence() orders more, and takes longer.
+__device__ __forceinline__ void fence_of_device() {
+#ifdef DWCONV_EMULATOR
+    __threadfence();
+#else
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
 // Whether this block is the last of `parts` that call this with the same counter; all threads must call it. What the
 // others wrote before is visible to the last one, and the counter is zero again.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned parts, int* shared) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        fence_of_device();  // barriers make it one for all threads of the block
         *shared = atomicAdd(counter, 1u) == parts - 1;
-        if (*shared) *counter = 0;
+        if (*shared) {
+            fence_of_device();  // which would wait for the counter, were it written before
+            *counter = 0;
+        }
     }
     __syncthreads();
-    const bool last = *shared;
-    if (last) __threadfence();
-    return last;
+    return *shared;
 }
 
 // Loads what other blocks have written during this launch: past L1, which may hold older bytes.
@@ -89,56 +100,54 @@ __device__ __forceinline__ Vector<T, Width> load_written(const T* address) {
 #endif
 }
 
-// Adds up `count` sums of `parts` blocks, partial[parts][count], part after part, and passes each to store(index, sum).
-// Where there are more threads than vectors of 16 bytes, they share the parts: each slice of neighbouring parts is
-// summed by other threads, and then slice after slice. All Threads threads of the block must call it; `scratch` is
-// 16 * Threads bytes of shared memory that nobody uses. Ahead: loads of a thread that are in flight, of four registers
-// each. `partial` and `count` are whole vectors. `apart`: sums from one
-// part to the next one, `count` where it is 0. The sums may be stored to the first part.
-template <int Threads, int Ahead, class Sum, class Store>
-__device__ __forceinline__ void finish_filter_gradients(const Sum* partial, unsigned parts, unsigned count,
-                                                        Sum* scratch, const Store& store, unsigned apart = 0) {
-    constexpr int kWidth = 16 / sizeof(Sum);
-    const unsigned long long pitch = apart == 0 ? count : apart;
-    const unsigned vectors = count / kWidth;
-    const unsigned slices = vectors < Threads ? min(Threads / vectors, parts) : 1;
-    const unsigned slice_parts = (parts + slices - 1) / slices;
-    const unsigned slice = slices == 1 ? 0 : threadIdx.x / vectors;
+// Adds up Count sums of `parts` blocks, part after part, and passes each to store(index, sum); `apart`: sums from one
+// part to the next one. Where there are more threads than vectors of 16 bytes, they share the parts: each slice of
+// neighbouring parts is summed by other threads, and then slice after slice. All Threads threads of the block must call
+// it; `scratch` is 16 * Threads bytes of shared memory that nobody uses. Ahead: loads of a thread that are in flight,
+// of four registers each. The sums may be stored to the first part.
+template <int Threads, int Ahead, unsigned Count, class Sum, class Store>
+__device__ __forceinline__ void add_parts_up(const Sum* partial, unsigned parts, unsigned apart, Sum* scratch,
+                                             const Store& store) {
+    constexpr unsigned kWidth = 16 / sizeof(Sum), kVectors = Count / kWidth;
+    static_assert(Count % kWidth == 0, "parts are whole vectors");
+    constexpr unsigned kSlices = kVectors < Threads ? Threads / kVectors : 1;
+    const unsigned slice_parts = (parts + kSlices - 1) / kSlices;
+    const unsigned slice = kSlices == 1 ? 0 : threadIdx.x / kVectors;
     const unsigned first_part = slice * slice_parts, end_part = min(parts, first_part + slice_parts);
+    Sum* const own = scratch + threadIdx.x * kWidth;
 #pragma unroll 1
-    for (unsigned vector = threadIdx.x - slice * vectors; vector < vectors; vector += Threads) {
+    for (unsigned vector = threadIdx.x - slice * kVectors; vector < kVectors; vector += Threads) {
+        if (slice == kSlices) break;
         Sum sums[kWidth] = {};
-        if (slice < slices) {
-            const Sum* from = partial + first_part * pitch + vector * kWidth;
+        const Sum* from = partial + static_cast<unsigned long long>(first_part) * apart + vector * kWidth;
 #pragma unroll 1
-            for (unsigned part = first_part; part < end_part; part += Ahead) {
-                Vector<Sum, kWidth> found[Ahead];
+        for (unsigned part = first_part; part < end_part; part += Ahead) {
+            // Zeros stand for what isn't there, so that no condition is needed after the loads: with one for each they
+            // would wait for one another, since a thread has seven predicates.
+            Vector<Sum, kWidth> found[Ahead] = {};
 #pragma unroll
-                for (unsigned k = 0; k < Ahead; ++k)
-                    if (part + k < end_part) found[k] = load_written<kWidth>(from + k * pitch);
+            for (unsigned k = 0; k < Ahead; ++k, from += apart)
+                if (part + k < end_part) found[k] = load_written<kWidth>(from);
 #pragma unroll
-                for (unsigned k = 0; k < Ahead; ++k)
-                    if (part + k < end_part)
+            for (unsigned k = 0; k < Ahead; ++k)
 #pragma unroll
-                        for (int e = 0; e < kWidth; ++e) sums[e] += found[k].element[e];
-                from += Ahead * pitch;
-            }
+                for (unsigned e = 0; e < kWidth; ++e) sums[e] += found[k].element[e];
         }
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-            if (slices == 1)
-                store(vector * kWidth + e, sums[e]);
-            else if (slice < slices)
-                scratch[slice * count + vector * kWidth + e] = sums[e];
-        }
-        if (slices > 1) break;
+        for (unsigned e = 0; e < kWidth; ++e) own[e] = sums[e];
+        if constexpr (kSlices > 1) break;
+#pragma unroll 1
+        for (unsigned e = 0; e < kWidth; ++e) store(vector * kWidth + e, own[e]);
     }
-    if (slices == 1) return;
-    __syncthreads();
-    for (unsigned index = threadIdx.x; index < count; index += Threads) {
-        Sum sum = scratch[index];
-        for (unsigned k = 1; k < slices; ++k) sum += scratch[k * count + index];
-        store(index, sum);
+    if constexpr (kSlices > 1) {
+        __syncthreads();
+#pragma unroll 1
+        for (unsigned index = threadIdx.x; index < Count; index += Threads) {
+            Sum sum = scratch[index];
+#pragma unroll
+            for (unsigned k = 1; k < kSlices; ++k) sum += scratch[k * Count + index];
+            store(index, sum);
+        }
     }
 }
 
@@ -150,22 +159,29 @@ template <int Threads, int Ahead, unsigned Count, class Sum, class Store>
 __device__ __forceinline__ void finish_parts(Sum* partial, unsigned parts, unsigned gathered, unsigned part,
                                              unsigned of_grid, unsigned* arrivals, Sum* scratch, const Store& store) {
     int* const flag = reinterpret_cast<int*>(scratch + 16 / sizeof(Sum) * Threads);
-    const unsigned gatherers = (parts + gathered - 1) / gathered;
+    const bool at_once = gathered >= parts;  // no divisions then
+    const unsigned gatherers = at_once ? 1 : (parts + gathered - 1) / gathered;
+    const unsigned gatherer = at_once ? 0 : part / gathered;
     arrivals += of_grid * (gatherers == 1 ? 1 : gatherers + 1);
-    const auto store_all = [&](unsigned index, Sum sum) { store(static_cast<int>(index), sum); };
-    if (gatherers == 1) {
-        if (arrives_last(arrivals, parts, flag))
-            finish_filter_gradients<Threads, Ahead>(partial, parts, Count, scratch, store_all);
-        return;
+    bool of_all = gatherers == 1;
+    unsigned* counter = arrivals + gatherer;
+    Sum* from = partial + static_cast<unsigned long long>(gatherer) * gathered * Count;
+    unsigned number = min(gathered, parts - gatherer * gathered), apart = Count;
+#pragma unroll 1
+    while (arrives_last(counter, number, flag)) {
+        add_parts_up<Threads, Ahead, Count>(from, number, apart, scratch, [&](unsigned index, Sum sum) {
+            if (of_all)
+                store(static_cast<int>(index), sum);
+            else
+                from[index] = sum;
+        });
+        if (of_all) return;
+        of_all = true;
+        counter = arrivals + gatherers;
+        from = partial;
+        number = gatherers;
+        apart = gathered * Count;
     }
-    const unsigned gatherer = part / gathered, first = gatherer * gathered;
-    const unsigned of_gatherer = min(gathered, parts - first);
-    if (!arrives_last(arrivals + gatherer, of_gatherer, flag)) return;
-    Sum* const found = partial + static_cast<unsigned long long>(first) * Count;
-    finish_filter_gradients<Threads, Ahead>(found, of_gatherer, Count, scratch,
-                                            [&](unsigned index, Sum sum) { found[index] = sum; });
-    if (arrives_last(arrivals + gatherers, gatherers, flag))
-        finish_filter_gradients<Threads, Ahead>(partial, gatherers, Count, scratch, store_all, gathered * Count);
 }
 
 }  // namespace dwconv

@@ -14,6 +14,7 @@
 //   meets kTapsD planes of x, or those of them that exist. grid.x = tiles of taps * groups of channels * parts of all
 //   output rows, in this order
 #pragma once
+#include "diagonals.cuh"
 #include "filter_gradients.cuh"
 
 namespace dwconv {
@@ -66,6 +67,8 @@ struct TapsLines {
     static constexpr int kTapsD = TapsD, kTileTaps = C::kTapsA * C::kTapsB;  // of one tap of the depth
     static constexpr int kTaps = TapsD * kTileTaps, kSums = kTaps + (C::kHasBias ? 1 : 0);
     static constexpr int kCount = up(kSums * BlockChannels, 4);  // sums of a block, as whole vectors
+    static constexpr int kTotalsPitch =
+        BlockChannels;                      // of what warps leave for find_totals, from a tap to the next one
     static constexpr int kPartsAhead = 16;  // loads of parts that are in flight, where registers allow it
     static_assert(TapsD == 1 || C::kVolume, "only planes of volumes meet several planes of x");
     static_assert(TapsD <= 32, "which planes exist must fit in 32 bits");
@@ -267,20 +270,28 @@ __device__ __forceinline__ typename W::Sum exact_block_sum(const FilterGradients
     return sum;
 }
 
-// The sum of eight floats on a diagonal of a matrix, each Stride rows and a column behind the one before.
-template <int Stride, int Pitch>
-__device__ __forceinline__ float diagonal_sum(const float* from) {
-    float sum = 0;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) sum += from[n * (Stride * Pitch + 1)];
-    return sum;
-}
-
 // The sum over four neighbouring lanes, which have a row of a product of matrices.
 __device__ __forceinline__ float sum_of_four(float of_lane) {
     of_lane += __shfl_xor_sync(0xffffffffu, of_lane, 1);
     of_lane += __shfl_xor_sync(0xffffffffu, of_lane, 2);
     return of_lane;
+}
+
+// Adds up what a warp has found of Own channels, from `channel` of the block on, and leaves it at `totals`.
+// word(channel, row of taps, chunk, column): a lane's words of their products (diagonals.cuh); tap v is position Lead +
+// v * kSpreadB.
+template <class W, int Own, int Chunks, int Lead, class Word>
+__device__ __forceinline__ void leave_diagonals(float* totals, int channel, const Word& word) {
+    constexpr int kRows = W::Config::kTapsA, kTaps = W::Config::kTapsB;
+    constexpr int kFirst = Lead / 8, kEights = (Lead + (kTaps - 1) * W::kSpreadB) / 8 + 1 - kFirst;
+    const Diagonals<W::kStrideB> diagonals;
+    diagonals.template add<kRows * Own, Chunks, kFirst, kEights>(
+        [&](int k, int chunk, int column) { return word(k % Own, k / Own, chunk, column); },
+        [&](int k, int position, float sum) {
+            const int at = position - Lead, tap = at / W::kSpreadB;
+            if (at >= 0 && at % W::kSpreadB == 0 && tap < kTaps)
+                totals[(k / Own * kTaps + tap) * W::kTotalsPitch + channel + k % Own] = sum;
+        });
 }
 
 // Passes all sums of a block, which its warps have left at `totals`, to found(index, sum). All threads call it. One
@@ -291,7 +302,7 @@ __device__ __forceinline__ void find_totals(const float* totals, const Found& fo
     __syncthreads();
 #pragma unroll 1
     for (int index = static_cast<int>(threadIdx.x); index < W::kSums * W::kBlockChannels; index += W::kThreads)
-        found(index, totals[index]);
+        found(index, totals[index + index / W::kBlockChannels * (W::kTotalsPitch - W::kBlockChannels)]);
 }
 
 // What a block does with the sums of its warps: sums.finish(scratch, found) passes each to found(index, sum). All

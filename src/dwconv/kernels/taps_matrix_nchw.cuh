@@ -81,7 +81,6 @@ __device__ __forceinline__ void taps_matrix_nchw(const FilterGradients<typename 
 #define DWCONV_CACHED 1
 #define DWCONV_WIDTH 0
 #define DWCONV_OUT_WIDTH 0
-#define DWCONV_SLAB 3
 #define DWCONV_REPAIR 1
 #define DWCONV_VOLUME 0
 #endif
@@ -96,8 +95,7 @@ struct Config : ProblemConfig {
     static constexpr int kGBytes = DWCONV_G_BYTES, kXBytes = DWCONV_X_BYTES;   // of a copy
     static constexpr bool kCached = DWCONV_CACHED;                             // copies go through L1
     static constexpr int kWidth = DWCONV_WIDTH, kOutWidth = DWCONV_OUT_WIDTH;  // of images one line wide
-    static constexpr int kSlab = DWCONV_SLAB;       // rows of taps of a warp that are in shared memory at the end
-    static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth
+    static constexpr bool kVolume = DWCONV_VOLUME;                             // x has a depth
     static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
 };
 

@@ -150,44 +150,21 @@ struct TapsMatrixSums {
         }
     }
 
-    // Passes the sums of the warp's channels to found(index, sum): index = tap * channels of the block + channel; the
-    // bias is behind the last tap. `scratch` has room for all sums of the block, then for kSlab rows of taps of each
-    // warp.
+    // See finish_lines. `totals` has room for all sums of the block.
     template <class Found>
-    __device__ __forceinline__ void finish(float* scratch, const Found& found) const {
-        constexpr int kPitch = 9, kMatrix = 16 * W::kMatrices * kPitch;  // floats
-        const int lane = static_cast<int>(threadIdx.x % 32), channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
-        float* const totals = scratch + channel;
-        float* const own = scratch + W::kCount + threadIdx.x / 32 * (C::kSlab * kMatrix);
+    __device__ __forceinline__ void finish(float* totals, const Found& found) const {
+        const int channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
+        leave_diagonals<W, C::kOwn, 2 * W::kMatrices, C::kLead>(
+            totals, channel,
+            [&](int o, int u, int chunk, int column) { return sums[o][u][chunk / 2][chunk % 2 * 2 + column]; });
+        if constexpr (C::kHasBias) {
 #pragma unroll
-        for (int o = 0; o < C::kOwn; ++o) {
-#pragma unroll
-            for (int first = 0; first < C::kTapsA; first += C::kSlab) {
-                __syncwarp();
-#pragma unroll
-                for (int u = first; u < smaller(first + C::kSlab, C::kTapsA); ++u)
-#pragma unroll
-                    for (int i = 0; i < W::kMatrices; ++i)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e)
-                            own[(u - first) * kMatrix + (16 * i + lane / 4 + e / 2 * 8) * kPitch + lane % 4 * 2 +
-                                e % 2] = sums[o][u][i][e];
-                __syncwarp();
-                const int count = smaller(C::kSlab, C::kTapsA - first) * C::kTapsB;
-#pragma unroll 1
-                for (int index = lane; index < count; index += 32) {
-                    const int u = index / C::kTapsB, v = index - u * C::kTapsB;
-                    const float* from = own + u * kMatrix + (v * W::kSpreadB + C::kLead) * kPitch;
-                    totals[(first * C::kTapsB + index) * W::kBlockChannels + o] =
-                        diagonal_sum<W::kStrideB, kPitch>(from);
-                }
-            }
-            if constexpr (C::kHasBias) {
+            for (int o = 0; o < C::kOwn; ++o) {
                 const float sum = sum_of_four(bias[o][0] + bias[o][1]);
-                if (lane == 0) totals[C::kTapsA * C::kTapsB * W::kBlockChannels + o] = sum;
+                if (threadIdx.x % 32 == 0) totals[C::kTapsA * C::kTapsB * W::kTotalsPitch + channel + o] = sum;
             }
         }
-        find_totals<W>(scratch, found);
+        find_totals<W>(totals, found);
     }
 };
 

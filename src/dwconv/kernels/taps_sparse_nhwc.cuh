@@ -22,6 +22,8 @@ template <class C, class... Maps>
 __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename C::Element>& tensors,
                                                  const Sizes& sizes, const LinesTiling& tiling, const Maps&... maps) {
     using W = TapsSparse<C>;
+    if constexpr (C::kBoxes)
+        if (threadIdx.x == 0) prefetch_maps(maps...);  // before anything else: sending waits for them
     const LinesPlace<W> place(sizes, tiling);
 
     unsigned char* const stages = shared_memory<unsigned char>();
@@ -106,7 +108,6 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
 #define DWCONV_EVICT_FIRST 0
 #define DWCONV_WIDTH 0
 #define DWCONV_OUT_WIDTH 0
-#define DWCONV_SLAB 3
 #define DWCONV_REPAIR 1
 #define DWCONV_VOLUME 0
 #endif
@@ -122,8 +123,7 @@ struct Config : ProblemConfig {
     static constexpr bool kBoxes = DWCONV_BOXES;                               // lines come by one copy each, of maps
     static constexpr bool kEvictFirst = DWCONV_EVICT_FIRST;                    // such lines leave L2 before all else
     static constexpr int kWidth = DWCONV_WIDTH, kOutWidth = DWCONV_OUT_WIDTH;  // of images one line wide
-    static constexpr int kSlab = DWCONV_SLAB;       // rows of taps of a warp that are in shared memory at the end
-    static constexpr bool kVolume = DWCONV_VOLUME;  // x has a depth
+    static constexpr bool kVolume = DWCONV_VOLUME;                             // x has a depth
     static constexpr bool kRepair = DWCONV_REPAIR;  // sums that aren't finite are computed again; off: for tests
 };
 

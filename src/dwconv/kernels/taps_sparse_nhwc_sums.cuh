@@ -143,45 +143,22 @@ struct TapsSparseSums {
         }
     }
 
-    // See finish_lines. `scratch` has room for all sums of the block, then for kSlab rows of taps of each warp.
+    // See finish_lines. `totals` has room for all sums of the block.
     template <class Found>
-    __device__ __forceinline__ void finish(float* scratch, const Found& found) const {
-        constexpr int kPitch = W::kSumPitch, kChannel = 8 * W::kChunks * kPitch, kMatrix = 2 * kChannel;  // floats
-        const int lane = static_cast<int>(threadIdx.x % 32), channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
-        float* const totals = scratch + channel;
-        float* const own = scratch + W::kCount + threadIdx.x / 32 * (C::kSlab * kMatrix);
+    __device__ __forceinline__ void finish(float* totals, const Found& found) const {
+        const int channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
+        leave_diagonals<W, C::kOwn, W::kChunks, 0>(totals, channel, [&](int o, int u, int chunk, int column) {
+            return sums[o / 2][u][chunk][o % 2 * 2 + column];
+        });
+        if constexpr (C::kHasBias) {
+            float* const of_bias = totals + C::kTapsA * C::kTapsB * W::kTotalsPitch + channel;
 #pragma unroll
-        for (int p = 0; p < kWarpPairs; ++p) {
-#pragma unroll
-            for (int first = 0; first < C::kTapsA; first += C::kSlab) {
-                __syncwarp();
-#pragma unroll
-                for (int u = first; u < smaller(first + C::kSlab, C::kTapsA); ++u)
-#pragma unroll
-                    for (int c = 0; c < W::kChunks; ++c)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e)
-                            own[(u - first) * kMatrix + e / 2 * kChannel + (8 * c + lane / 4) * kPitch + lane % 4 * 2 +
-                                e % 2] = sums[p][u][c][e];
-                __syncwarp();
-                const int count = smaller(C::kSlab, C::kTapsA - first) * C::kTapsB;
-#pragma unroll 1
-                for (int index = lane; index < 2 * count; index += 32) {
-                    const int h = index / count, tap = index - h * count, u = tap / C::kTapsB;
-                    const float* from = own + u * kMatrix + h * kChannel + (tap - u * C::kTapsB) * kPitch;
-                    totals[(first * C::kTapsB + tap) * W::kBlockChannels + 2 * p + h] =
-                        diagonal_sum<W::kStrideB, kPitch>(from);
-                }
-            }
-            if constexpr (C::kHasBias) {
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float sum = sum_of_four(bias[p][2 * h] + bias[p][2 * h + 1]);
-                    if (lane == 0) totals[C::kTapsA * C::kTapsB * W::kBlockChannels + 2 * p + h] = sum;
-                }
+            for (int o = 0; o < C::kOwn; ++o) {
+                const float sum = sum_of_four(bias[o / 2][o % 2 * 2] + bias[o / 2][o % 2 * 2 + 1]);
+                if (threadIdx.x % 32 == 0) of_bias[o] = sum;
             }
         }
-        find_totals<W>(scratch, found);
+        find_totals<W>(totals, found);
     }
 };
 

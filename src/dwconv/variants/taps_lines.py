@@ -78,11 +78,9 @@ class LinesVariant(Variant):
         along, across = axes(problem, tile.turned)[0], across_axis(problem, tile.turned)
         live, rows = divided(tile.taps[0], along.stride), min(along.stride, tile.taps[0])
         threads, limit = 32 * tile.warps, device.shared_bytes - 1024
-        in_stages, tap_row = tile.stages * layout.stage_bytes, layout.row_bytes * tile.warps
-        count = up((tile.taps[0] * tile.taps[1] + problem.bias) * tile.channels, 4)
-        slab = max(1, min(tile.taps[0], (in_stages - 4 * count) // tap_row))
-        in_sums = max(4 * count + slab * tap_row, 16 * threads + 16)
-        shared_bytes = up(max(in_stages, in_sums), 16) + tile.stages * layout.gate_bytes
+        sums = tile.taps[0] * tile.taps[1] + problem.bias
+        in_sums = max(4 * sums * (tile.channels + 4), 16 * threads + 16)
+        shared_bytes = up(max(tile.stages * layout.stage_bytes, in_sums), 16) + tile.stages * layout.gate_bytes
         if shared_bytes > limit:
             return f"its rows take {shared_bytes} bytes of shared memory, more than {limit}"
         resident = max(1, min(tile.min_blocks, device.shared_bytes // (shared_bytes + 1024), device.threads // threads))
@@ -91,8 +89,7 @@ class LinesVariant(Variant):
             live=live,
             rows=rows,
             shared_bytes=shared_bytes,
-            slab=slab,
-            count=count,
+            count=up(sums * tile.channels, 4),
             resident=resident,
             march=march(
                 problem.batch,
@@ -141,7 +138,6 @@ class LinesVariant(Variant):
             "CACHED": int(tile.cached),
             "WIDTH": one.layout.width,
             "OUT_WIDTH": planes.out_size[0 if tile.turned else 1] if one.layout.width else 0,
-            "SLAB": one.slab,
             "REPAIR": 1,
             "VOLUME": int(problem.dims == 3),
         }

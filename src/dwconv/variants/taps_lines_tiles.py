@@ -64,7 +64,6 @@ class Layout:
         x_bytes, g_bytes: of a copy; x_pieces, g_pieces: that a thread copies of a row.
         stage_bytes, gate_bytes: of a block, for each stage; flying_bytes: of them that are copied.
         together_bytes: that stand together in memory.
-        row_bytes: of a row of taps at the end, of a warp.
         products: of matrices, for a row of taps and all channels of a warp.
         loads: instructions of a warp for the fragments of a row of x, and of one of g; wavefronts: of shared memory.
         registers: of a thread for sums, rows of g and fragments.
@@ -80,7 +79,6 @@ class Layout:
     gate_bytes: int
     flying_bytes: int
     together_bytes: float
-    row_bytes: int
     products: int
     loads: tuple[float, float]
     wavefronts: tuple[float, float]
@@ -94,7 +92,7 @@ class Cut:
     Attributes:
         layout: of its rows in shared memory.
         live: rows of g that a row of x may meet; rows: of x, in a step.
-        shared_bytes: of a block; slab: rows of taps of a warp that are in shared memory at the end.
+        shared_bytes: of a block.
         count: sums of a block, as whole vectors.
         resident: blocks that a multiprocessor holds.
         march: how blocks share the problem.
@@ -104,7 +102,6 @@ class Cut:
     live: int
     rows: int
     shared_bytes: int
-    slab: int
     count: int
     resident: int
     march: March

@@ -94,7 +94,6 @@ class TapsMatrixNchw(LinesVariant):
             gate_bytes=0,
             flying_bytes=2 * tile.lines * tile.warps * (rows * x_positions * x_own + g_positions * tile.own),
             together_bytes=128 * g_positions / (g_positions + 64),
-            row_bytes=16 * matrices * 9 * 4,
             products=tile.own * matrices * sets,
             loads=(tile.own * matrices * sets, tile.own * sets / 2),
             wavefronts=(4 * x_own * matrices * sets, 2 * tile.own * sets),

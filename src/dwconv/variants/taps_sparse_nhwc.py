@@ -137,7 +137,6 @@ class TapsSparseNhwc(LinesVariant):
             gate_bytes=16,
             flying_bytes=2 * tile.lines * (rows * x_positions * x_channels + g_positions * tile.channels),
             together_bytes=2 * (tile.channels if groups_of_channels > 1 else tile.channels * g_positions),
-            row_bytes=2 * 8 * chunks * 9 * 4,
             products=own_pairs * chunks * sets,
             loads=(sets * (2 * words + 4 * own_pairs * chunks), 4 * sets),
             wavefronts=(8 * sets * words, 16 * sets),
