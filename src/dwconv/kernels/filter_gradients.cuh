@@ -55,25 +55,15 @@ struct MetPlanes {
     }
 };
 
-// What this thread has written, and what barriers tell it of, comes before what it writes afterwards, and what it reads
-// afterwards behind that, for all threads of the device. __threadfence() orders more, and takes longer.
-__device__ __forceinline__ void fence_of_device() {
-#ifdef DWCONV_EMULATOR
-    __threadfence();
-#else
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-#endif
-}
-
 // Whether this block is the last of `parts` that call this with the same counter; all threads must call it. What the
 // others wrote before is visible to the last one, and the counter is zero again.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned parts, int* shared) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        fence_of_device();  // barriers make it one for all threads of the block
+        __threadfence();  // barriers make it one for all threads of the block
         *shared = atomicAdd(counter, 1u) == parts - 1;
         if (*shared) {
-            fence_of_device();  // which would wait for the counter, were it written before
+            __threadfence();  // which would wait for the counter, were it written before
             *counter = 0;
         }
     }

@@ -22,8 +22,6 @@ template <class C, class... Maps>
 __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename C::Element>& tensors,
                                                  const Sizes& sizes, const LinesTiling& tiling, const Maps&... maps) {
     using W = TapsSparse<C>;
-    if constexpr (C::kBoxes)
-        if (threadIdx.x == 0) prefetch_maps(maps...);  // before anything else: sending waits for them
     const LinesPlace<W> place(sizes, tiling);
 
     unsigned char* const stages = shared_memory<unsigned char>();

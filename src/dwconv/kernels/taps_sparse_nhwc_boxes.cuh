@@ -39,6 +39,7 @@ struct TapsSparseBoxes {
     __device__ __forceinline__ TapsSparseBoxes(const GradientMaps& maps_, const Sizes& sizes,
                                                const LinesPlace<W>& place_, const LinesTiling& tiling_)
         : maps(maps_), place(place_), tiling(tiling_), position(place_.first) {
+        if (threadIdx.x == 0) prefetch_maps(maps);
         const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // uniform, for compilers
         first_line = warp % kSenders * kOwnLines;
         turns = warp / kSenders;
