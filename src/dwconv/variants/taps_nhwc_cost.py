@@ -14,26 +14,27 @@ from .streams import shares_lines
 from .strips import divided
 from .taps_nhwc_tiles import Cut, Tile, piece_bytes
 
-# Constants of the model, fitted to 987 tiles of 62 problems, most of them with boxes (H200, 2026-11).
-READ, COPY, BOX, TAP_ROW, SEGMENT = 1.27, 11.1, 24.0, 6.5, 570.0  # instructions of a warp
+# Constants of the model, fitted to 987 tiles of 62 problems, then those of boxes, rows and what runs alone to 1,045
+# of 96, most of them with boxes (H200, 2026-11).
+READ, COPY, BOX, TAP_ROW, SEGMENT = 1.27, 11.1, 24.2, 3.7, 570.0  # instructions of a warp
 DEPTH_TAP = 0.2  # of TAP_ROW, for each further tap of the depth: they share the comparisons
 LONG_CODE, FETCHED = 900, 1.5  # products of a step from which on fetching code slows them down, and how much
-IDLE_WARPS = 3.3  # issue slots are used as warps / (warps + IDLE_WARPS)
-LOAD_CLOCKS = 2.8  # of a multiprocessor's shared memory, for a warp's load
+IDLE_WARPS = 3.95  # issue slots are used as warps / (warps + IDLE_WARPS)
+LOAD_CLOCKS = 2.76  # of a multiprocessor's shared memory, for a warp's load
 L2_BYTES = 36.5  # of a clock, to a multiprocessor
 NARROW = 0.066  # more DRAM time for each halving of a warp's pieces of 128 bytes
-LATE = 0.95  # latencies of DRAM that bytes in flight must last for
-CROWD, FEW = 0.016, 12  # more DRAM time for each warp of a multiprocessor beyond so many
-# More DRAM time of boxes that share lines of L2 with others, for each doubling of the bytes in flight beyond so many.
-APART, TOGETHER = 0.25, 73e3
+LATE = 1.36  # latencies of DRAM that bytes in flight must last for
+# More DRAM time of boxes for each doubling of the bytes in flight beyond so many; and where they share lines of L2.
+OVERFULL, APART, FULL = 0.1, 0.13, 67e3
 THRASH, LINES_KEPT = 0.26, 0.725  # more DRAM time for each doubling of the lines in flight beyond this share of L1
 PAST_NARROW, PAST_START = 0.4, 4.0e-6  # of copies past L1, for each halving; and once
 TILES_AGAIN, AGAIN = 4, 0.03  # more tiles of taps than these read so much that L1 costs this share of time
 LAST_WAVE = 0.4  # of a block: what a multiprocessor waits for others in the end, of several waves
-FEWER_STAGES = 0.006  # more time for each stage less than four: warps wait for one another's copies more
-SPLIT = 0.0055  # more time where parts begin or end within lines
-START, PARTS = 3.8e-6, 1.6e-6  # beside the launch; to leave parts, and find the last block
-ROUND = 0.61e-6  # of loads of parts
+CROWD, FEW = 0.016, 12  # more DRAM time of lanes' copies for each warp of a multiprocessor beyond so many
+FEWER_STAGES = 0.006  # more time of lanes' copies for each stage less than four: they wait for one another more
+SPLIT = 0.0108  # more time where parts begin or end within lines
+START = 5.34e-6  # beside the launch
+ROUND = 0.527e-6  # of loads of parts
 
 
 @lru_cache(maxsize=256)
@@ -116,15 +117,18 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
         dram *= 1.0 + THRASH * max(0.0, math.log2(lines / kept))
     elif not tile.boxes:
         dram *= 1.0 + PAST_NARROW * math.log2(128 / min(128, chunk))
-    if tile.boxes and shares_lines(problem):
-        dram *= 1.0 + APART * max(0.0, math.log2(max(1, flying) / TOGETHER))
-    dram *= 1.0 + CROWD * max(0.0, min(one.resident, of_multiprocessor) * tile.warps - FEW)
+    if tile.boxes:
+        over = OVERFULL + (APART if shares_lines(problem) else 0.0)
+        dram *= 1.0 + over * max(0.0, math.log2(max(1, flying) / FULL))
+    else:
+        dram *= 1.0 + CROWD * max(0.0, min(one.resident, of_multiprocessor) * tile.warps - FEW)
     dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
     body = float((dram**3 + issue**3 + shared**3 + l2**3) ** (1 / 3))
     body *= 1.0 + (AGAIN if (through_l1 or tile.boxes) and one.march.tap_tiles > TILES_AGAIN else 0.0)
     splits = one.march.part_rows % one.march.line_rows and one.march.line_rows % one.march.part_rows
-    body *= 1.0 + FEWER_STAGES * max(0, 4 - tile.stages) + (SPLIT if splits else 0.0)
+    body *= 1.0 + (0.0 if tile.boxes else FEWER_STAGES * max(0, 4 - tile.stages)) + (SPLIT if splits else 0.0)
     vectors = one.count * problem.sum_bytes // 16
-    several = one.march.parts > 1
-    last = PARTS + ROUND * gathered(vectors, 32 * tile.warps, one.march.parts)[1] if several else 0.0
+    last = 0.0
+    if one.march.parts > 1:
+        last = ROUND * gathered(vectors, 32 * tile.warps, one.march.parts)[1]
     return LAUNCH_SECONDS + START + (0.0 if through_l1 or tile.boxes else PAST_START) + body + last

@@ -61,7 +61,7 @@ class TapsSparseNhwc(LinesVariant):
         past_narrow=0.386,
         past=0.16,
         thrash=1.04,
-        start=6.5e-06,
+        start=5.7e-06,
         parts=1.4e-06,
         round=4.0e-07,
         box=40.5,
