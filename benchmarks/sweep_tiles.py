@@ -4,10 +4,15 @@
     PYTHONPATH=src python benchmarks/sweep_tiles.py --variant taps_nchw --suite models --direction grad_weight --first 8
     PYTHONPATH=src python benchmarks/sweep_tiles.py --variant wide_nhwc --suite models --dtype float32 \\
         --vary part_rows=0,14,28 --vary stage_rows=2,4 --vary threads=64,128,192 --sample 90
+    PYTHONPATH=src python benchmarks/sweep_tiles.py --variant taps_nhwc --suite models --direction grad_weight \\
+        --sample 20 --compile tiles.xz
+    PYTHONPATH=src python benchmarks/sweep_tiles.py --compiled tiles.xz --json tiles.json
 
 Leaves out what spills or gives a wrong result, and prints the best, the one that the variant prefers with an arrow.
 Tiles with the same figures differ by noise only: look at the spread. --vary gives fields of the tiles other values, all
 combinations of them, and --sample times some of these, the same ones each time: what no model would have chosen.
+--compile only compiles, for the architecture of --arch and without a GPU; --compiled times what such a file has: a
+thousand tiles take minutes of a CPU, and then seconds of a GPU.
 """
 
 from __future__ import annotations
@@ -15,10 +20,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import lzma
+import pickle
 import random
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +39,8 @@ from dwconv.bench.run import check, conditions_here, expect
 from dwconv.bench.suites import DIRECTIONS, LAYOUTS, SUITES, load_suite, select
 from dwconv.bench.timing import copy_contender, measure
 from dwconv.choose import candidates
-from dwconv.compile import compile_many
-from dwconv.device import DeviceSpec
+from dwconv.compile import CompiledKernel, compile_many, remember
+from dwconv.device import PRESETS, DeviceSpec
 from dwconv.errors import DepthwiseError
 from dwconv.launch import device_spec
 from dwconv.plan import Plan, legal
@@ -45,6 +52,7 @@ ROUNDS = 15
 BEST = 12
 
 Values = tuple[str, list[int]]  # of a tile's field, true and false as 1 and 0
+Tiles = dict[str, tuple[Plan, CompiledKernel]]
 
 
 def varied(problem: DepthwiseProblem, device: DeviceSpec, stem: str, fields: Sequence[Values]) -> dict[str, Plan]:
@@ -65,14 +73,18 @@ def varied(problem: DepthwiseProblem, device: DeviceSpec, stem: str, fields: Seq
     return found
 
 
-def sweep(
-    problem: DepthwiseProblem, stem: str, first: int | None, fields: Sequence[Values], sample: int | None
-) -> list[dict[str, object]]:
-    """Attainment, prediction, spread and registers of a variant's tiles, the best first.
+def compiled_tiles(
+    problem: DepthwiseProblem,
+    device: DeviceSpec,
+    stem: str,
+    first: int | None,
+    fields: Sequence[Values],
+    sample: int | None,
+) -> Tiles:
+    """A variant's tiles that don't spill.
 
     first: so many of the tiles that are predicted as best; else all.
     """
-    device = device_spec(0)
     lifted = (problem.as_forward() or problem).lifted(2)
     if fields:
         plans = varied(lifted, device, stem, fields)
@@ -83,13 +95,23 @@ def sweep(
     if sample is not None and sample < len(plans):
         plans = dict(random.Random(0).sample(list(plans.items()), sample))
     plans = {name: replace(plan, problem=problem) for name, plan in plans.items()}
+    compiled = zip(plans.items(), compile_many(plans.values()), strict=True)
+    return {
+        name: (plan, kernel)
+        for (name, plan), kernel in compiled
+        if kernel.constants == plan.constants and not kernel.resources.spill_bytes
+    }
+
+
+def sweep(problem: DepthwiseProblem, tiles: Tiles) -> list[dict[str, object]]:
+    """Attainment, prediction, spread and registers of tiles, the best first."""
+    device = device_spec(0)
     tensors = make_tensors(problem, "cuda")
     expected = expect(problem, tensors)
     y = empty_result(problem, "cuda")
     contenders, registers = {"copy": copy_contender(problem.least_bytes, "cuda")}, {}
-    for (tile, plan), kernel in zip(plans.items(), compile_many(plans.values()), strict=True):
-        if kernel.constants != plan.constants or kernel.resources.spill_bytes:
-            continue
+    for tile, (plan, kernel) in tiles.items():
+        remember(plan, kernel)
         contender = variant_contender(plan, tensors, y)
         checked = check(problem, tensors, contender, expected)
         if checked is not None and checked[1] > 1:
@@ -104,7 +126,7 @@ def sweep(
             "tile": tile,
             "attainment": round(attainment(copy, fma, timing.median), 4),
             "microseconds": round(timing.median * 1e6, 2),
-            "predicted": round(plans[tile].predicted_seconds * 1e6, 2),
+            "predicted": round(tiles[tile][0].predicted_seconds * 1e6, 2),
             "spread": round(timing.spread, 4),
             "registers": registers[tile],
         }
@@ -115,7 +137,9 @@ def sweep(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", required=True, choices=REGISTRY)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--variant", choices=REGISTRY)
+    source.add_argument("--compiled", type=Path, help="times the tiles of a file that --compile made")
     parser.add_argument("--suite", default="kernelbench", choices=SUITES)
     parser.add_argument("--case", action="append", default=[], help="part of a case's name; repeatable")
     parser.add_argument("--dtype", action="append", default=[], choices=DTYPE_BYTES)
@@ -124,21 +148,22 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="time so many tiles, those predicted as best; all by default")
     parser.add_argument("--vary", action="append", default=[], metavar="FIELD=VALUE,...", help="repeatable")
     parser.add_argument("--sample", type=int, help="time so many tiles, picked at random")
+    parser.add_argument("--compile", type=Path, metavar="FILE", help="compiles only, and writes what --compiled takes")
+    parser.add_argument("--arch", default="sm_90", choices=PRESETS, help="what --compile compiles for")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.compiled:
+        every = pickle.loads(lzma.decompress(options.compiled.read_bytes()))
+    else:
+        every = list(tiles_of(options, PRESETS[options.arch] if options.compile else device_spec(0)))
+    if options.compile:
+        options.compile.write_bytes(lzma.compress(pickle.dumps(every), preset=1))
+        print(f"{sum(len(tiles) for *_, tiles in every)} tiles in {options.compile}")
+        return
     command = shlex.join(["python", "benchmarks/sweep_tiles.py", *sys.argv[1:]])
     report = {"conditions": asdict(conditions_here(torch, ROUNDS, command)), "cases": {}}
-    fields = [
-        (name, [int(v) for v in values.split(",")]) for name, _, values in (v.partition("=") for v in options.vary)
-    ]
-    cases = load_suite(options.suite)
-    for name, problem in select(cases, options.case, options.dtype, options.layout, [options.direction]):
-        try:
-            preferred = best_plan(problem, device_spec(0), options.variant).tile
-        except DepthwiseError as error:
-            print(f"{name} {problem.dtype} {problem.layout}: {error}")
-            continue
-        rows = sweep(problem, options.variant, options.first, fields, options.sample)
+    for name, problem, preferred, tiles in every:
+        rows = sweep(problem, tiles)
         report["cases"][f"{name} {problem.dtype} {problem.layout}"] = rows
         print(f"{name} {problem.dtype} {problem.layout}: {len(rows)} tiles")
         for number, row in enumerate(rows):
@@ -150,6 +175,26 @@ def main() -> None:
         torch.cuda.empty_cache()
     if options.json:
         write_whole(options.json, json.dumps(report, indent=1) + "\n")
+
+
+def tiles_of(options: argparse.Namespace, device: DeviceSpec) -> Iterator[tuple[str, DepthwiseProblem, str, Tiles]]:
+    """Of each case its name, problem, the tile that the variant prefers, and those that are to be timed."""
+    fields = [
+        (name, [int(v) for v in values.split(",")]) for name, _, values in (v.partition("=") for v in options.vary)
+    ]
+    cases = load_suite(options.suite)
+    for name, problem in select(cases, options.case, options.dtype, options.layout, [options.direction]):
+        try:
+            preferred = best_plan(problem, device, options.variant).tile
+        except DepthwiseError as error:
+            print(f"{name} {problem.dtype} {problem.layout}: {error}")
+            continue
+        yield (
+            name,
+            problem,
+            preferred,
+            compiled_tiles(problem, device, options.variant, options.first, fields, options.sample),
+        )
 
 
 if __name__ == "__main__":
