@@ -136,6 +136,15 @@ def test_from_compiler_then_memory_then_disk(empty):
     assert len(entries(empty)) == 1
 
 
+def test_a_kernel_compiled_elsewhere_needs_no_compiler(empty):
+    elsewhere = replace(compile_plan(PLAN), entry="elsewhere")
+    compile_module.forget()
+    compile_module.remember(PLAN, elsewhere)
+    assert compile_plan(PLAN) is elsewhere
+    compile_module.forget()
+    assert compile_plan(PLAN).entry == "dwconv_kernel"  # the disk has the other one
+
+
 def test_compiling_twice_gives_the_same_bytes(set_variable):
     set_variable("DWCONV_CACHE_LIMIT", "0")
     first = compile_plan(PLAN).cubin
