@@ -294,9 +294,9 @@ __device__ __forceinline__ void leave_diagonals(float* totals, int channel, cons
         });
 }
 
-// Passes all sums of a block, which its warps have left at `totals`, to found(index, sum). All threads call it. One
-// place that does this is less code than one for each channel of a warp: code that runs once has to be fetched from
-// afar.
+// Passes all sums of a block, which its warps have left at `totals`, those of a tap kTotalsPitch behind those of the
+// tap before, to found(index, sum). All threads call it. One place that does this is less code than one for each
+// channel of a warp: code that runs once has to be fetched from afar.
 template <class W, class Found>
 __device__ __forceinline__ void find_totals(const float* totals, const Found& found) {
     __syncthreads();
