@@ -40,7 +40,7 @@ from dwconv.bench.suites import DIRECTIONS, LAYOUTS, SUITES, load_suite, select
 from dwconv.bench.timing import copy_contender, measure
 from dwconv.choose import candidates
 from dwconv.compile import CompiledKernel, compile_many, remember
-from dwconv.device import PRESETS, DeviceSpec
+from dwconv.device import PRESETS, DeviceSpec, preset
 from dwconv.errors import DepthwiseError
 from dwconv.launch import device_spec
 from dwconv.plan import Plan, legal
@@ -155,10 +155,13 @@ def main() -> None:
     if options.compiled:
         every = pickle.loads(lzma.decompress(options.compiled.read_bytes()))
     else:
-        every = list(tiles_of(options, PRESETS[options.arch] if options.compile else device_spec(0)))
+        every = tiles_of(options, preset(options.arch) if options.compile else device_spec(0))
     if options.compile:
-        options.compile.write_bytes(lzma.compress(pickle.dumps(every), preset=1))
-        print(f"{sum(len(tiles) for *_, tiles in every)} tiles in {options.compile}")
+        compiled = []
+        for case in every:
+            compiled.append(case)
+            print(f"{case[0]} {case[1].dtype} {case[1].layout}: {len(case[3])} tiles compiled", flush=True)
+        options.compile.write_bytes(lzma.compress(pickle.dumps(compiled), preset=1))
         return
     command = shlex.join(["python", "benchmarks/sweep_tiles.py", *sys.argv[1:]])
     report = {"conditions": asdict(conditions_here(torch, ROUNDS, command)), "cases": {}}

@@ -126,7 +126,7 @@ _OF_BOTH = {
 MUTANTS = {
     MATRIX: _OF_BOTH
     | {
-        "windows that begin at the lead": ("at = position - Lead", "at = position"),
+        "windows that begin at the lead": ("at = position - W::kLead", "at = position"),
         "the row of g of another step": (
             "g[o][(Phase + W::kLive - back) % W::kLive]",
             "g[o][(Phase + back) % W::kLive]",

@@ -67,8 +67,6 @@ struct TapsLines {
     static constexpr int kTapsD = TapsD, kTileTaps = C::kTapsA * C::kTapsB;  // of one tap of the depth
     static constexpr int kTaps = TapsD * kTileTaps, kSums = kTaps + (C::kHasBias ? 1 : 0);
     static constexpr int kCount = up(kSums * BlockChannels, 4);  // sums of a block, as whole vectors
-    static constexpr int kTotalsPitch =
-        BlockChannels;                      // of what warps leave for find_totals, from a tap to the next one
     static constexpr int kPartsAhead = 16;  // loads of parts that are in flight, where registers allow it
     static_assert(TapsD == 1 || C::kVolume, "only planes of volumes meet several planes of x");
     static_assert(TapsD <= 32, "which planes exist must fit in 32 bits");
@@ -277,32 +275,47 @@ __device__ __forceinline__ float sum_of_four(float of_lane) {
     return of_lane;
 }
 
-// Adds up what a warp has found of Own channels, from `channel` of the block on, and leaves it at `totals`.
-// word(channel, row of taps, chunk, column): a lane's words of their products (diagonals.cuh); tap v is position Lead +
-// v * kSpreadB.
-template <class W, int Own, int Chunks, int Lead, class Word>
-__device__ __forceinline__ void leave_diagonals(float* totals, int channel, const Word& word) {
-    constexpr int kRows = W::Config::kTapsA, kTaps = W::Config::kTapsB;
-    constexpr int kFirst = Lead / 8, kEights = (Lead + (kTaps - 1) * W::kSpreadB) / 8 + 1 - kFirst;
-    const Diagonals<W::kStrideB> diagonals;
-    diagonals.template add<kRows * Own, Chunks, kFirst, kEights>(
-        [&](int k, int chunk, int column) { return word(k % Own, k / Own, chunk, column); },
-        [&](int k, int position, float sum) {
-            const int at = position - Lead, tap = at / W::kSpreadB;
-            if (at >= 0 && at % W::kSpreadB == 0 && tap < kTaps)
-                totals[(k / Own * kTaps + tap) * W::kTotalsPitch + channel + k % Own] = sum;
-        });
-}
-
-// Passes all sums of a block, which its warps have left at `totals`, those of a tap kTotalsPitch behind those of the
-// tap before, to found(index, sum). All threads call it. One place that does this is less code than one for each
-// channel of a warp: code that runs once has to be fetched from afar.
-template <class W, class Found>
+// Passes all sums of a block, which its warps have left at `totals`, those of a tap Pitch behind those of the tap
+// before, to found(index, sum). All threads call it. One place that does this is less code than one for each channel of
+// a warp: code that runs once has to be fetched from afar.
+template <class W, int Pitch = W::kBlockChannels, class Found>
 __device__ __forceinline__ void find_totals(const float* totals, const Found& found) {
     __syncthreads();
 #pragma unroll 1
     for (int index = static_cast<int>(threadIdx.x); index < W::kSums * W::kBlockChannels; index += W::kThreads)
-        found(index, totals[index + index / W::kBlockChannels * (W::kTotalsPitch - W::kBlockChannels)]);
+        found(index, totals[index + index / W::kBlockChannels * (Pitch - W::kBlockChannels)]);
+}
+
+// From a tap's sums to those of the next one, where warps add up diagonals: eight taps of four channels use all banks.
+template <class W>
+constexpr int kDiagonalsPitch = W::kBlockChannels + 4;
+
+// The sums of a block whose warps have kOwn channels each, as products of Chunks chunks (diagonals.cuh): word(channel,
+// row of taps, chunk, column) are a lane's words of them, tap v is position kLead + v * kSpreadB, and of_bias(channel)
+// is its share of a bias. `totals` has room for all sums of the block. All threads call it.
+template <class W, int Chunks, class Word, class OfBias, class Found>
+__device__ __forceinline__ void finish_diagonals(float* totals, const Word& word, const OfBias& of_bias,
+                                                 const Found& found) {
+    using C = typename W::Config;
+    constexpr int kOwn = C::kOwn, kTaps = C::kTapsB, kPitch = kDiagonalsPitch<W>;
+    constexpr int kFirst = W::kLead / 8, kEights = (W::kLead + (kTaps - 1) * W::kSpreadB) / 8 + 1 - kFirst;
+    float* const own = totals + threadIdx.x / 32 * kOwn;
+    const Diagonals<W::kStrideB> diagonals;
+    diagonals.template add<C::kTapsA * kOwn, Chunks, kFirst, kEights>(
+        [&](int k, int chunk, int column) { return word(k % kOwn, k / kOwn, chunk, column); },
+        [&](int k, int position, float sum) {
+            const int at = position - W::kLead, tap = at / W::kSpreadB;
+            if (at >= 0 && at % W::kSpreadB == 0 && tap < kTaps)
+                own[(k / kOwn * kTaps + tap) * kPitch + k % kOwn] = sum;
+        });
+    if constexpr (C::kHasBias) {
+#pragma unroll
+        for (int o = 0; o < kOwn; ++o) {
+            const float sum = sum_of_four(of_bias(o));
+            if (diagonals.lane == 0) own[C::kTapsA * kTaps * kPitch + o] = sum;
+        }
+    }
+    find_totals<W, kPitch>(totals, found);
 }
 
 // What a block does with the sums of its warps: sums.finish(scratch, found) passes each to found(index, sum). All

@@ -17,9 +17,8 @@ struct TapsMatrix : TapsLines<C, C::kOwn * C::kWarps> {
 
     // The window of a group of eight outputs: rows of the matrix that it makes, with those of other groups.
     static constexpr int kWindow = 7 * Base::kStrideB + (C::kTapsB - 1) * Base::kSpreadB + 1 + kLead;
-    static constexpr int kTotalsPitch = Base::kBlockChannels + 4;  // sums of eight taps, four channels are in all banks
-    static constexpr int kPartsAhead = 8;                          // more would need more registers than the march
-    static constexpr int kMatrices = ceil_div(kWindow, 16);        // of 16 rows
+    static constexpr int kPartsAhead = 8;                            // more would need more registers than the march
+    static constexpr int kMatrices = ceil_div(kWindow, 16);          // of 16 rows
     static constexpr int kSets = ceil_div(C::kGroups * kLines, 16);  // of 16 groups
     static constexpr int kLinePositions = kWindow + (kLineOutputs - 8) * Base::kStrideB;
     static constexpr int kLineChunks = ceil_div(kLinePositions, 8);

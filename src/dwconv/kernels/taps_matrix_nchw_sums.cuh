@@ -150,21 +150,12 @@ struct TapsMatrixSums {
         }
     }
 
-    // See finish_lines. `totals` has room for all sums of the block.
+    // See finish_lines.
     template <class Found>
     __device__ __forceinline__ void finish(float* totals, const Found& found) const {
-        const int channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
-        leave_diagonals<W, C::kOwn, 2 * W::kMatrices, C::kLead>(
-            totals, channel,
-            [&](int o, int u, int chunk, int column) { return sums[o][u][chunk / 2][chunk % 2 * 2 + column]; });
-        if constexpr (C::kHasBias) {
-#pragma unroll
-            for (int o = 0; o < C::kOwn; ++o) {
-                const float sum = sum_of_four(bias[o][0] + bias[o][1]);
-                if (threadIdx.x % 32 == 0) totals[C::kTapsA * C::kTapsB * W::kTotalsPitch + channel + o] = sum;
-            }
-        }
-        find_totals<W>(totals, found);
+        finish_diagonals<W, 2 * W::kMatrices>(
+            totals, [&](int o, int u, int chunk, int column) { return sums[o][u][chunk / 2][chunk % 2 * 2 + column]; },
+            [&](int o) { return bias[o][0] + bias[o][1]; }, found);
     }
 };
 

@@ -123,8 +123,7 @@ struct TapsSparse : TapsLines<C, C::kOwn * C::kWarps> {
     }
     // Behind the stages, and behind what takes their place at the end: sums of the block, or of the last block's
     // threads.
-    static constexpr int kTotalsPitch = Base::kBlockChannels + 4;  // sums of eight taps, four channels are in all banks
-    static constexpr int kSumsBytes = 4 * Base::kSums * kTotalsPitch;
+    static constexpr int kSumsBytes = 4 * Base::kSums * kDiagonalsPitch<Base>;
     static constexpr int kGatesAt =
         up(larger(C::kStages * kStageBytes, larger(kSumsBytes, 16 * (Base::kThreads + 1))), 16);
     // What is read before copies are started: the row of g, where registers are left for it; so all, if that isn't

@@ -143,22 +143,12 @@ struct TapsSparseSums {
         }
     }
 
-    // See finish_lines. `totals` has room for all sums of the block.
+    // See finish_lines.
     template <class Found>
     __device__ __forceinline__ void finish(float* totals, const Found& found) const {
-        const int channel = static_cast<int>(threadIdx.x / 32) * C::kOwn;
-        leave_diagonals<W, C::kOwn, W::kChunks, 0>(totals, channel, [&](int o, int u, int chunk, int column) {
-            return sums[o / 2][u][chunk][o % 2 * 2 + column];
-        });
-        if constexpr (C::kHasBias) {
-            float* const of_bias = totals + C::kTapsA * C::kTapsB * W::kTotalsPitch + channel;
-#pragma unroll
-            for (int o = 0; o < C::kOwn; ++o) {
-                const float sum = sum_of_four(bias[o / 2][o % 2 * 2] + bias[o / 2][o % 2 * 2 + 1]);
-                if (threadIdx.x % 32 == 0) of_bias[o] = sum;
-            }
-        }
-        find_totals<W>(totals, found);
+        finish_diagonals<W, W::kChunks>(
+            totals, [&](int o, int u, int chunk, int column) { return sums[o / 2][u][chunk][o % 2 * 2 + column]; },
+            [&](int o) { return bias[o / 2][o % 2 * 2] + bias[o / 2][o % 2 * 2 + 1]; }, found);
     }
 };
 

@@ -21,6 +21,7 @@ from .taps_lines_tiles import Cut, Layout, Tile, across_axis, spans
 
 MOST_TILES = 12  # that are worth timing, by predicted time
 MOST_PIECES = 32  # that a thread copies of a row: a bit says of each whether it exists
+SUMS_APART = 4  # floats between one tap's sums of a block and the next one's: kDiagonalsPitch of the kernels
 FIRST_ARCHITECTURE = 80  # with m16n8k16
 
 
@@ -79,7 +80,7 @@ class LinesVariant(Variant):
         live, rows = divided(tile.taps[0], along.stride), min(along.stride, tile.taps[0])
         threads, limit = 32 * tile.warps, device.shared_bytes - 1024
         sums = tile.taps[0] * tile.taps[1] + problem.bias
-        in_sums = max(4 * sums * (tile.channels + 4), 16 * threads + 16)
+        in_sums = max(4 * sums * (tile.channels + SUMS_APART), 16 * threads + 16)
         shared_bytes = up(max(tile.stages * layout.stage_bytes, in_sums), 16) + tile.stages * layout.gate_bytes
         if shared_bytes > limit:
             return f"its rows take {shared_bytes} bytes of shared memory, more than {limit}"

@@ -111,17 +111,17 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
     dram = problem.least_bytes / (device.dram_gbs * 1e9) * (1.0 + NARROW * math.log2(128 / min(128, together)))
     through_l1 = not tile.boxes and (tile.cached or min(pieces) < 16)
     flying = min(one.resident, of_multiprocessor) * tile.warps * (tile.stages - 1) * one.stage_bytes
-    if through_l1:  # which has a line of 128 bytes for each piece in flight
-        lines = max(1, flying) * 128 // min(128, together)
-        kept = LINES_KEPT * device.l1_beside(one.resident * (one.shared_bytes + 1024))
-        dram *= 1.0 + THRASH * max(0.0, math.log2(lines / kept))
-    elif not tile.boxes:
-        dram *= 1.0 + PAST_NARROW * math.log2(128 / min(128, chunk))
     if tile.boxes:
         over = OVERFULL + (APART if shares_lines(problem) else 0.0)
         dram *= 1.0 + over * max(0.0, math.log2(max(1, flying) / FULL))
     else:
         dram *= 1.0 + CROWD * max(0.0, min(one.resident, of_multiprocessor) * tile.warps - FEW)
+        if through_l1:  # which has a line of 128 bytes for each piece in flight
+            lines = max(1, flying) * 128 // min(128, together)
+            kept = LINES_KEPT * device.l1_beside(one.resident * (one.shared_bytes + 1024))
+            dram *= 1.0 + THRASH * max(0.0, math.log2(lines / kept))
+        else:
+            dram *= 1.0 + PAST_NARROW * math.log2(128 / min(128, chunk))
     dram *= max(1.0, LATE * device.dram_gbs * device.latency_ns / (device.multiprocessors * max(1, flying)))
     body = float((dram**3 + issue**3 + shared**3 + l2**3) ** (1 / 3))
     body *= 1.0 + (AGAIN if (through_l1 or tile.boxes) and one.march.tap_tiles > TILES_AGAIN else 0.0)
