@@ -161,8 +161,8 @@ def numbers_of(variant: LinesVariant, tile: Tile, one: Cut, plan: Plan) -> dict[
     if not tile.boxes:
         of_both |= {"W::XPieces::kCopies": one.layout.x_pieces, "W::GPieces::kCopies": one.layout.g_pieces}
     else:
-        chunks = [each.box[1] // 8 for each in plan.maps]
-        of_both |= {"W::kXBoxChunks": chunks[0], "W::kGBoxChunks": chunks[1]}
+        columns = [each.box[1] for each in plan.maps]
+        of_both |= {"W::kXBoxColumns": columns[0], "W::kGBoxColumns": columns[1]}
     if variant is MATRIX:
         return of_both | {
             "W::kStageBytes * Config::kWarps": one.layout.stage_bytes,

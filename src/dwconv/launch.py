@@ -13,7 +13,7 @@ import torch
 from .compile import CompiledKernel
 from .device import PRESETS, DeviceSpec
 from .errors import DepthwiseError
-from .plan import Constants, Plan
+from .plan import Plan
 from .tensor_maps import INVALID_CONTEXT, encoder
 
 # Imported here and not where it is used first: it takes 10 ms, which no call should wait for.
@@ -26,8 +26,8 @@ _STREAM_CAPTURE_UNSUPPORTED = 900
 _MOST_MAPS = 64  # addresses of a plan's operands whose maps are kept
 _UNLOADABLE = (200, 209, 222)  # invalid image, no binary for the GPU, unsupported version
 
-# (kernel_id, device index) -> CUfunction, and the module that keeps it loaded
-_functions: dict[tuple[tuple[str, Constants, str], int], tuple[Any, Any]] = {}
+# (machine code, device index) -> CUfunction, and the module that keeps it loaded
+_functions: dict[tuple[bytes, int], tuple[Any, Any]] = {}
 
 
 def _driver() -> Any:
@@ -103,7 +103,7 @@ def device_spec(index: int) -> DeviceSpec:
 
 def load(plan: Plan, compiled: CompiledKernel, index: int) -> Any:
     """The kernel as a function of the device with this index; loaded once."""
-    key = (plan.kernel_id, index)
+    key = (compiled.cubin, index)
     if key not in _functions:
         driver = _driver()
         with torch.cuda.device(index):

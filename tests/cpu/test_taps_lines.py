@@ -97,6 +97,17 @@ def test_mistakes_are_noticed(variant, mistake, monkeypatch):
         check_filter_gradient(plan)
 
 
+def test_columns_that_no_box_brings_are_cleared(monkeypatch):
+    plan = without_repair(plan_of(SPARSE, *WAYS[SPARSE]["boxes, rows of taps"]))
+    check_filter_gradient(plan)
+    text, cleared = build.kernel_text(SPARSE.stem), "clear_beside_boxes<C>(stages);"
+    assert cleared in text
+    mutant = build.load(text.replace(cleared, ""), plan.constants, "a mutant")
+    monkeypatch.setattr(build, "library", lambda _: mutant)
+    with pytest.raises(AssertionError):
+        check_filter_gradient(plan)
+
+
 @pytest.mark.parametrize(("variant", "way"), each_of(WAYS))
 def test_plans_know_what_the_kernel_does(variant, way):
     given, tile = WAYS[variant][way]

@@ -14,7 +14,7 @@ import dwconv
 from convolutions import CONVERTED, COPIED, DTYPES, FUNCTIONS, LAYOUTS, VIEWS, Call, random_call
 from dwconv import DepthwiseError, compile, launch, ops, reference
 from dwconv.choose import choose
-from dwconv.problem import ACTIVATIONS, dense_strides
+from dwconv.problem import ACTIVATIONS, DepthwiseProblem, Epilogue, dense_strides
 from dwconv.tensors import in_layout
 from problems import make_epilogue, make_inputs, make_output
 from random_problems import random_kind, random_place, random_problem
@@ -51,6 +51,19 @@ def test_same_as_torch_and_faster_paths_agree():
         torch.testing.assert_close(dwconv.conv2d(x, weight, bias, **arguments), expected)
         torch.testing.assert_close(dwconv.conv2d(x[0], weight, bias, **arguments), expected[0])
     assert dwconv.conv2d(x[:0], weight).shape == (0, 6, 38, 48)
+
+
+def test_other_machine_code_of_a_plan_is_not_taken_for_the_first():
+    """Versions of a kernel that are timed beside each other differ in their code alone."""
+    x, weight = tensors(2, 6, 20, 20)
+    problem = DepthwiseProblem(2, 6, (20, 20), (3, 3))
+    cut_off = replace(problem, epilogue=Epilogue("relu"))
+    plan, other = (choose(each, launch.device_spec(0)) for each in (problem, cut_off))
+    expected = F.conv2d(x, weight, groups=6)
+    for kernel, wanted in ((plan, expected), (other, expected.relu())):
+        y = torch.empty_like(expected)
+        launch.launch(plan, compile.compile_plan(kernel), x, weight, None, y)
+        torch.testing.assert_close(y, wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -57,6 +57,7 @@ public:
         static_cast<void>(readers);
 #else
         full_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
+        keep(full_);
         if (threadIdx.x == 0) {
             for (int k = 0; k < Stages; ++k) {
                 Gate::initialize(full_ + 8 * k, Fillers);

@@ -208,16 +208,21 @@ struct LinesSegment {
     }
 };
 
-// Calls sums.step<phase>(arguments...): the phase says which registers a step's row of g goes to.
-template <int Phases, int Phase = 0, class Sums, class... Arguments>
-__device__ __forceinline__ void step_in_phase(int phase, Sums& sums, const Arguments&... arguments) {
-    if constexpr (Phase + 1 < Phases) {
-        if (phase != Phase) {
-            step_in_phase<Phases, Phase + 1>(phase, sums, arguments...);
-            return;
-        }
+// Takes the steps of a segment one after the other: march.step<phase>(number). The phase says which registers a step's
+// row of g goes to; the code of one stands behind that of the one before, so that nobody has to look up where it is.
+template <int Phases, int Phase = 0, class March>
+__device__ __forceinline__ bool take_steps(March& march, int& number, int last) {
+    if constexpr (Phase < Phases) {
+        march.template step<Phase>(number);
+        return ++number < last && take_steps<Phases, Phase + 1>(march, number, last);
     }
-    sums.template step<Phase>(arguments...);
+    return true;
+}
+template <int Phases, class March>
+__device__ __forceinline__ void take_all_steps(March& march, int first, int last) {
+    int number = first;
+#pragma unroll 1
+    while (take_steps<Phases>(march, number, last)) continue;
 }
 
 // A sum of the block, term by term: zeros that stand for what doesn't exist make NaNs of Infs and NaNs.

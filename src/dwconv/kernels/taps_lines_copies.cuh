@@ -49,6 +49,8 @@ struct LinesCopies {
     using XPieces = typename W::XPieces;
     using GPieces = typename W::GPieces;
     static constexpr int kXCopies = XPieces::kCopies, kGCopies = GPieces::kCopies;
+    // Compilers would rather find places in a stage again for each copy. With eight channels, registers want it, too.
+    static constexpr bool kKept = C::kOwn < 8;
 
     const LinesPlace<W>& place;
     const LinesTiling& tiling;
@@ -70,12 +72,14 @@ struct LinesCopies {
         for (int k = 0; k < kXCopies; ++k) {
             const XPieces piece(k);
             x_to[k] = W::in_x(piece);
+            if constexpr (kKept) keep(x_to[k]);
             if (piece.wanted) x_wanted |= 1u << k;
         }
 #pragma unroll
         for (int k = 0; k < kGCopies; ++k) {
             const GPieces piece(k);
             g_to[k] = W::in_g(piece);
+            if constexpr (kKept) keep(g_to[k]);
             if (piece.wanted) g_wanted |= 1u << k;
         }
         begin(tensors, sizes);

@@ -15,6 +15,43 @@
 
 namespace dwconv {
 
+// A warp's march: stages that it fills, and reads.
+template <class C>
+struct MatrixMarch {
+    using W = TapsMatrix<C>;
+    const FilterGradients<typename C::Element>& tensors;
+    const Sizes& sizes;
+    const LinesPlace<W>& place;
+    LinesCopies<W>& copies;
+    const unsigned begin, last;  // its first stage and its last one, in bytes
+    unsigned stage, filled;
+    TapsMatrixSums<C> taps;
+    LinesSegment<W> segment;
+
+    __device__ __forceinline__ MatrixMarch(const FilterGradients<typename C::Element>& tensors_, const Sizes& sizes_,
+                                           const LinesPlace<W>& place_, LinesCopies<W>& copies_, unsigned begin_)
+        : tensors(tensors_),
+          sizes(sizes_),
+          place(place_),
+          copies(copies_),
+          begin(begin_),
+          last(begin_ + (C::kStages - 1) * W::kStageBytes),
+          stage(begin),
+          filled(last) {}
+
+    // Step `number` of the segment, whose row of g goes to slot Phase.
+    template <int Phase>
+    __device__ __forceinline__ void step(int number) {
+        wait_for_copies<C::kStages - 2>();
+        __syncwarp();  // the stage is there for all lanes, and none reads the one any more that is filled now
+        taps.read(stage);
+        copies.copy(filled - begin, tensors, sizes);
+        taps.template step<Phase>(stage, number, segment, place);
+        filled = stage;
+        stage = stage == last ? begin : stage + W::kStageBytes;
+    }
+};
+
 template <class C>
 __device__ __forceinline__ void taps_matrix_nchw(const FilterGradients<typename C::Element>& tensors,
                                                  const Sizes& sizes, const LinesTiling& tiling) {
@@ -22,7 +59,7 @@ __device__ __forceinline__ void taps_matrix_nchw(const FilterGradients<typename 
     const LinesPlace<W> place(sizes, tiling);
     const unsigned warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // tells compilers that it is uniform
     constexpr unsigned kStagesBytes = C::kStages * W::kStageBytes;
-    const unsigned begin = warp * kStagesBytes, last = begin + kStagesBytes - W::kStageBytes;
+    const unsigned begin = warp * kStagesBytes;
 
     // What no copy fills, beyond the image and behind the last line, must be zero.
     unsigned char* const stages = shared_memory<unsigned char>() + begin;
@@ -34,27 +71,14 @@ __device__ __forceinline__ void taps_matrix_nchw(const FilterGradients<typename 
 #pragma unroll 1
     for (int k = 0; k < C::kStages - 1; ++k) copies.copy(k * W::kStageBytes, tensors, sizes);
 
-    TapsMatrixSums<C> taps;
-    LinesSegment<W> segment;
-    unsigned position = place.first, stage = begin, filled = last;
+    MatrixMarch<C> march(tensors, sizes, place, copies, begin);
+    unsigned position = place.first;
 #pragma unroll 1
-    while (segment.find(position, place, sizes, tiling)) {
-        int phase = 0;
-#pragma unroll 1
-        for (int step = segment.first; step < segment.last; ++step) {
-            wait_for_copies<C::kStages - 2>();
-            __syncwarp();  // the stage is there for all lanes, and none reads the one any more that is filled now
-            taps.read(stage);
-            copies.copy(filled - begin, tensors, sizes);
-            step_in_phase<W::kLive>(phase, taps, stage, step, segment, place);
-            phase = phase + 1 == W::kLive ? 0 : phase + 1;
-            filled = stage;
-            stage = stage == last ? begin : stage + W::kStageBytes;
-        }
-    }
+    while (march.segment.find(position, place, sizes, tiling))
+        take_all_steps<W::kLive>(march, march.segment.first, march.segment.last);
     wait_for_copies<0>();
     __syncthreads();
-    finish_lines<W>(tensors, sizes, tiling, place, taps);
+    finish_lines<W>(tensors, sizes, tiling, place, march.taps);
 }
 
 }  // namespace dwconv

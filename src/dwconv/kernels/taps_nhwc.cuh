@@ -18,6 +18,18 @@
 
 namespace dwconv {
 
+// Calls sums.step<phase>(arguments...): the phase says which registers a step's row of g goes to.
+template <int Phases, int Phase = 0, class Sums, class... Arguments>
+__device__ __forceinline__ void step_in_phase(int phase, Sums& sums, const Arguments&... arguments) {
+    if constexpr (Phase + 1 < Phases) {
+        if (phase != Phase) {
+            step_in_phase<Phases, Phase + 1>(phase, sums, arguments...);
+            return;
+        }
+    }
+    sums.template step<Phase>(arguments...);
+}
+
 // maps: of kBoxes, else nothing.
 template <class C, class... Maps>
 __device__ __forceinline__ void taps_nhwc(const FilterGradients<typename C::Element>& tensors, const Sizes& sizes,

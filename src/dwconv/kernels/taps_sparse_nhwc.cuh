@@ -17,6 +17,49 @@
 
 namespace dwconv {
 
+// A block's march: what it fills stages with, and what it reads them for.
+template <class C, class Copies>
+struct SparseMarch {
+    using W = TapsSparse<C>;
+    const FilterGradients<typename C::Element>& tensors;
+    const Sizes& sizes;
+    const LinesPlace<W>& place;
+    unsigned char* const stages;
+    SparseGates<C>& gates;
+    Copies& copies;
+    TapsSparseSums<C> taps;
+    LinesSegment<W> segment;
+    unsigned stage = 0, before = C::kStages - 1;  // which is filled when the one behind it has been read
+
+    __device__ __forceinline__ SparseMarch(const FilterGradients<typename C::Element>& tensors_, const Sizes& sizes_,
+                                           const LinesPlace<W>& place_, unsigned char* stages_, SparseGates<C>& gates_,
+                                           Copies& copies_)
+        : tensors(tensors_), sizes(sizes_), place(place_), stages(stages_), gates(gates_), copies(copies_) {}
+
+    __device__ __forceinline__ void fill(unsigned number) {
+        if constexpr (C::kBoxes) {
+            copies.send(stages + number * W::kStageBytes, gates.gate(number), sizes);
+        } else {
+            copies.copy(number * W::kStageBytes, tensors, sizes);
+            gates.is_filled(number);
+        }
+    }
+
+    // Step `number` of the segment, whose row of g goes to slot Phase.
+    template <int Phase>
+    __device__ __forceinline__ void step(int number) {
+        gates.wait_until_full(stage);
+        taps.read(stage * W::kStageBytes);
+        if constexpr (W::kReadAtOnce) gates.is_read(stage);
+        if (copies.has_turn()) gates.wait_until_empty(before, before > stage);
+        fill(before);
+        taps.template step<Phase>(stage * W::kStageBytes, number, segment, place);
+        if constexpr (!W::kReadAtOnce) gates.is_read(stage);
+        before = stage;
+        stage = gates.next(stage);
+    }
+};
+
 // maps: of kBoxes, else nothing.
 template <class C, class... Maps>
 __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename C::Element>& tensors,
@@ -32,14 +75,7 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
         else
             return LinesCopies<W>(tensors, sizes, place, tiling, stages);
     }();
-    const auto fill = [&](unsigned stage) {
-        if constexpr (C::kBoxes) {
-            copies.send(stages + stage * W::kStageBytes, gates.gate(stage), sizes);
-        } else {
-            copies.copy(stage * W::kStageBytes, tensors, sizes);
-            gates.is_filled(stage);
-        }
-    };
+    SparseMarch<C, decltype(copies)> march(tensors, sizes, place, stages, gates, copies);
 #pragma unroll 1
     for (unsigned k = 0; k < C::kStages; ++k) {
         if constexpr (!C::kBoxes) {
@@ -50,33 +86,20 @@ __device__ __forceinline__ void taps_sparse_nhwc(const FilterGradients<typename 
             __syncthreads();
         }
         if (k == C::kStages - 1) break;  // which is filled when the first one is read
-        fill(k);
+        march.fill(k);
+    }
+    if constexpr (C::kBoxes && C::kWidth > 0) {
+        clear_beside_boxes<C>(stages);
+        __syncthreads();
     }
 
-    TapsSparseSums<C> taps;
-    LinesSegment<W> segment;
-    unsigned position = place.first, stage = 0, before = C::kStages;  // which step's stage is empty; none yet
+    unsigned position = place.first;
 #pragma unroll 1
-    while (segment.find(position, place, sizes, tiling)) {
-        int phase = 0;
-#pragma unroll 1
-        for (int step = segment.first; step < segment.last; ++step) {
-            gates.wait_until_full(stage);
-            taps.read(stage * W::kStageBytes);
-            if constexpr (W::kReadAtOnce) gates.is_read(stage);
-            const unsigned filled = before < C::kStages ? before : C::kStages - 1;
-            if (before < C::kStages && copies.has_turn()) gates.wait_until_empty(before, before > stage);
-            fill(filled);
-            step_in_phase<W::kLive>(phase, taps, stage * W::kStageBytes, step, segment, place);
-            if constexpr (!W::kReadAtOnce) gates.is_read(stage);
-            phase = phase + 1 == W::kLive ? 0 : phase + 1;
-            before = stage;
-            stage = gates.next(stage);
-        }
-    }
+    while (march.segment.find(position, place, sizes, tiling))
+        take_all_steps<W::kLive>(march, march.segment.first, march.segment.last);
     wait_for_copies<0>();
     __syncthreads();
-    finish_lines<W>(tensors, sizes, tiling, place, taps);
+    finish_lines<W>(tensors, sizes, tiling, place, march.taps);
 }
 
 }  // namespace dwconv

@@ -22,7 +22,7 @@ using SparseGates =
 template <class C>
 struct TapsSparseBoxes {
     using W = TapsSparse<C>;
-    static constexpr unsigned kXBytes = W::kXLineBytes, kGBytes = W::kGLineBytes;
+    static constexpr unsigned kXBytes = W::kXBoxColumns * W::kXPitch, kGBytes = W::kGBoxColumns * W::kGPitch;
 
     static constexpr int kSenders = box_senders<C>(), kTurns = C::kWarps / kSenders, kOwnLines = W::kLines / kSenders;
     static_assert(W::kLines % kSenders == 0, "senders share the lines of a step");
@@ -85,11 +85,40 @@ struct TapsSparseBoxes {
 #pragma unroll
             for (int e = 0; e < W::kRows; ++e)
                 if (place.has_row(row + e * W::kApartA))
-                    send_box<C::kEvictFirst>(gate, stage + e * W::kXRowBytes + W::x_line_at(line), maps.x,
-                                             channel / C::kMultiplier, at.x_column(place.tap_b), row + e * W::kApartA,
-                                             plane);
+                    send_box<C::kEvictFirst>(
+                        gate, stage + e * W::kXRowBytes + W::x_line_at(line) + W::kXBoxFirst * W::kXPitch, maps.x,
+                        channel / C::kMultiplier, at.x_column(place.tap_b) + W::kXBoxFirst, row + e * W::kApartA,
+                        plane);
         }
     }
 };
+
+// Clears a line's columns that no box brings: all but Columns from First on, of Pitch bytes each.
+template <int First, int Columns, int All, int Pitch, int Threads>
+__device__ __forceinline__ void clear_beside(unsigned char* line) {
+    constexpr int kPieces = (All - Columns) * (Pitch / 16);
+#pragma unroll 1
+    for (int at = static_cast<int>(threadIdx.x) % Threads; at < kPieces; at += Threads) {
+        const int column = at / (Pitch / 16);
+        *reinterpret_cast<uint4*>(line + (column < First ? column : column + Columns) * Pitch +
+                                  at % (Pitch / 16) * 16) = uint4{0, 0, 0, 0};
+    }
+}
+
+// The same for all stages: a warp a line at a time. Boxes may be on their way; products, behind the next barrier.
+template <class C>
+__device__ __forceinline__ void clear_beside_boxes(unsigned char* stages) {
+    using W = TapsSparse<C>;
+#pragma unroll 1
+    for (int line = static_cast<int>(threadIdx.x / 32); line < C::kStages * W::kLines; line += C::kWarps) {
+        unsigned char* const stage = stages + line / W::kLines * W::kStageBytes;
+#pragma unroll
+        for (int e = 0; e < W::kRows; ++e)
+            clear_beside<W::kXBoxFirst, W::kXBoxColumns, 8 * W::kXBoxChunks, W::kXPitch, 32>(
+                stage + e * W::kXRowBytes + W::x_line_at(line % W::kLines));
+        clear_beside<0, W::kGBoxColumns, 8 * W::kGBoxChunks, W::kGPitch, 32>(stage + W::kGAt +
+                                                                             W::g_line_at(line % W::kLines));
+    }
+}
 
 }  // namespace dwconv

@@ -75,6 +75,13 @@ struct TapsSparse : TapsLines<C, C::kOwn * C::kWarps> {
     static constexpr int kXBoxChunks = kLinePairs ? kChunks : (kPairsOfLine - 1) * 2 * Base::kStrideB + kWords;
     static constexpr int kGBoxChunks = kLinePairs ? 1 : 2 * kPairsOfLine;
     static constexpr int kXLineBytes = kXBoxChunks * kXChunkBytes, kGLineBytes = kGBoxChunks * kGChunkBytes;
+    // What a box brings: all that lanes read, or, of images one line wide (kWidth), columns that exist; of x from a
+    // multiple of 128 bytes on. The copy engine takes as long for a column of zeros as for any other.
+    static constexpr int kXBoxStep = kXPitch < 128 ? 128 / kXPitch : 1;
+    static constexpr int kXBoxFirst = C::kWidth > 0 ? Base::kPadB / kXBoxStep* kXBoxStep : 0;
+    static constexpr int kXBoxColumns =
+        (C::kWidth > 0 ? smaller(Base::kPadB + C::kWidth, 8 * kXBoxChunks) : 8 * kXBoxChunks) - kXBoxFirst;
+    static constexpr int kGBoxColumns = C::kWidth > 0 ? C::kOutWidth : 8 * kGBoxChunks;
     // Where line `line` begins. Lines are shifted, of x by two rows of swizzled pieces (neighbours that are a pair
     // together), of g by four (by two): those that lanes read with other words are whole swizzles away.
     static constexpr int kXShift = kXPixel >= 64 ? 2 * kXPixel : 0;
@@ -96,7 +103,7 @@ struct TapsSparse : TapsLines<C, C::kOwn * C::kWarps> {
     static constexpr int kXRowBytes = C::kBoxes ? up(x_line_at(kLines), 1024) : kXChunks * kXChunkBytes;
     static constexpr int kGAt = Base::kRows * kXRowBytes;
     static constexpr int kStageBytes = kGAt + (C::kBoxes ? up(g_line_at(kLines), 1024) : 2 * kGPlaneBytes);
-    static_assert(!C::kBoxes || ((kLines & (kLines - 1)) == 0 && C::kWidth == 0 && Base::kApartB == 1),
+    static_assert(!C::kBoxes || ((kLines & (kLines - 1)) == 0 && Base::kApartB == 1),
                   "lines of boxes must be a power of two, of neighbouring columns");
 
     // A lane's place in a stage: of pair lane % 4 of x, and of pair lane % 4 / 2 of g, half lane % 2, at position

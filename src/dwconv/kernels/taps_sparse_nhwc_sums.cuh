@@ -36,7 +36,7 @@ struct TapsSparseSums {
     unsigned row[W::kSets][4][kWarpPairs];  // of g, as it was read
     unsigned x[2][W::kWords][kXPairs];      // windows of pairs of groups lane % 4, and 4 + lane % 4
     unsigned x_from, g_from;                // where the lane's first words are in a stage, in bytes
-    unsigned pattern = kPairsOfChannels;
+    unsigned pattern = kPairsOfChannels ^ unknown_zero();
 
     __device__ __forceinline__ TapsSparseSums() {
         const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
@@ -44,7 +44,6 @@ struct TapsSparseSums {
         g_from = W::g_from(lane, warp * (2 * kWarpPairs));
         keep(x_from);
         keep(g_from);
-        keep(pattern);
 #pragma unroll
         for (int p = 0; p < kWarpPairs; ++p) {
 #pragma unroll

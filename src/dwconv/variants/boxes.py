@@ -30,7 +30,7 @@ def gradient_maps(
     channels and positions.
 
     None where the copy engine can't copy them: classes of columns, tensors that aren't aligned to 16 bytes, boxes that
-    are no multiples of 128.
+    are no multiples of 128 and stand one behind the other, as those that aren't swizzled do.
 
     problem: of its own dimensions.
     swizzled: see `TensorMap`; rows of boxes must have 32, 64 or 128 bytes.
@@ -70,7 +70,7 @@ def gradient_maps(
         ),
     )
     within = column >= problem.channels and row >= width * column and image >= height * row
-    whole = all(math.prod(each.box) * size % 128 == 0 for each in found)
+    whole = swizzled or all(math.prod(each.box) * size % 128 == 0 for each in found)
     return found if all(map(_is_legal, found)) and whole and within else None
 
 

@@ -31,7 +31,7 @@ class Costs:
         narrow, past_narrow: more DRAM time for each halving of 128 neighbouring bytes, through L1 and past it.
         past: more DRAM time past L1.
         thrash: more DRAM time for each doubling of the lines in flight beyond L1.
-        box: instructions for a line's row that comes as a box.
+        box: instructions for a line's row that comes as a box; engine: clocks of the copy engine for a column of it.
         apart, together: more DRAM time of boxes that share lines of L2 with others, for each doubling of the bytes in
             flight of a multiprocessor beyond so many.
         start, parts, round: seconds beside the launch; to leave parts; of a round of loads of parts.
@@ -54,6 +54,7 @@ class Costs:
     parts: float
     round: float
     box: float = 0.0
+    engine: float = 0.0
     apart: float = 0.0
     together: float = 1.0
 
@@ -94,7 +95,9 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut,
         dram *= 1.0 + costs.past + costs.past_narrow * math.log2(128 / together)
     waits = steps * (full + bool(rest)) * costs.wait * device.latency_ns * 1e-9
     in_time = waits / (tile.stages - 1)
-    times = dram, issue, tensor, shared, l2, in_time
+    columns = tile.lines * (one.rows * layout.box_columns[0] + layout.box_columns[1])
+    engine = steps * columns * of_multiprocessor * costs.engine / device.clock
+    times = dram, issue, tensor, shared, l2, in_time, engine
     body = float(sum(time**NORM for time in times) ** (1 / NORM))
     if min(layout.x_bytes, layout.g_bytes) == 2:  # a thread waits for such copies
         body += waits

@@ -62,6 +62,7 @@ class Layout:
         lead: positions before a window that make copies aligned.
         width: of the image, where it is one line wide, else 0.
         x_bytes, g_bytes: of a copy; x_pieces, g_pieces: that a thread copies of a row.
+        box_columns: of a line's row that comes as a box, of x and of g.
         stage_bytes, gate_bytes: of a block, for each stage; flying_bytes: of them that are copied.
         together_bytes: that stand together in memory.
         products: of matrices, for a row of taps and all channels of a warp.
@@ -83,6 +84,7 @@ class Layout:
     loads: tuple[float, float]
     wavefronts: tuple[float, float]
     registers: int
+    box_columns: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .boxes import Maps, gradient_maps
 from .march import axes
-from .streams import MOST_SIZES
+from .streams import LINE, MOST_SIZES
 from .strips import divided, planar, up, widest
 from .taps_lines import LinesVariant
 from .taps_lines_cost import Costs
@@ -19,6 +19,7 @@ MOST_REGISTERS = 214  # of a thread for sums, rows of g and fragments
 OTHER_REGISTERS = 34  # of a thread, beside those
 MORE_REGISTERS = 10  # where a step has several rows of x, or sets, or classes, or lines of one group
 PIECE_REGISTERS = 2
+NARROW_REGISTERS = 12  # of eight channels of a warp, where images are one line wide: 3×3 spilled 16 bytes
 SET = 16  # groups of eight outputs that a product takes
 MOST_STAGES = 8
 
@@ -37,6 +38,24 @@ def box_chunks(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
     return (of_line - 1) * 2 * stride + stride + chunks, 2 * of_line
 
 
+def line_chunks(problem: DepthwiseProblem, tile: Tile) -> int:
+    """Chunks of eight positions of a line of a planar problem's x."""
+    stride = across_axis(problem, tile.turned).stride
+    return divided((8 * tile.groups - 1) * stride + tile.taps[1], 8)
+
+
+def box_columns(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
+    """Columns of a line that a box brings, of x and of g: those that exist, of images one line wide.
+
+    problem: planar.
+    """
+    across, (in_x, in_g) = across_axis(problem, tile.turned), box_chunks(problem, tile)
+    if not narrow(problem, tile, across.padding, line_chunks(problem, tile)):
+        return 8 * in_x, 8 * in_g
+    step = max(1, LINE // (2 * tile.channels // problem.multiplier))  # boxes begin at multiples of 128 bytes
+    return min(across.padding + across.size, 8 * in_x) - across.padding // step * step, across.out
+
+
 def box_bytes(chunks: int, shifts: int, channels: int) -> int:
     """Bytes of a row of all lines, of so many chunks, shifted by so many pixels in all."""
     pixel = 2 * channels
@@ -46,27 +65,28 @@ def box_bytes(chunks: int, shifts: int, channels: int) -> int:
 class TapsSparseNhwc(LinesVariant):
     stem = "taps_sparse_nhwc"
     layouts = ("channels_last",)
-    # Fitted to 668 tiles of 48 problems, then to 347 of the best of 38, most of them with boxes (H200, 2026-11).
+    # Fitted to 1,161 tiles of 48 problems, a third of them with boxes (H200, 2026-11).
     costs = Costs(
-        product=6.0,
-        piece=17.4,
-        step=45.0,
-        segment=5.0,
-        idle_warps=12.7,
-        tensor_clocks=1.96,
-        copy_clocks=16.2,
-        l2_bytes=200.0,
-        wait=1.32,
-        narrow=0.056,
-        past_narrow=0.386,
-        past=0.16,
-        thrash=1.04,
-        start=5.7e-06,
-        parts=1.4e-06,
-        round=4.0e-07,
-        box=40.5,
-        apart=0.143,
-        together=20.9e3,
+        product=6.39,
+        piece=10.1,
+        step=21.6,
+        segment=136.0,
+        idle_warps=6.62,
+        tensor_clocks=2.69,
+        copy_clocks=9.36,
+        l2_bytes=51.5,
+        wait=1.03,
+        narrow=0.0609,
+        past_narrow=0.483,
+        past=0.0321,
+        thrash=0.381,
+        start=8.9e-6,
+        parts=0.0,
+        round=0.14e-6,
+        box=6.36,
+        engine=2.2,
+        apart=0.073,
+        together=39.3e3,
     )
     technique = (
         "rows of x are matrices of overlapping windows of two channels, sparse by their shape, and rows of y's "
@@ -89,18 +109,18 @@ class TapsSparseNhwc(LinesVariant):
         chunks = divided(window, 8)
         pairs = divided(tile.lines, 2) if tile.groups == 1 else divided(tile.groups, 2) * tile.lines
         sets = divided(pairs, 8)
-        line_chunks = divided(window + 8 * (tile.groups - 1) * across.stride, 8)
+        of_line = line_chunks(problem, tile)
         if tile.groups == 1:
-            words, planes, plane_lines = 2 * chunks, 2 * line_chunks, divided(tile.lines, 2)
+            words, planes, plane_lines = 2 * chunks, 2 * of_line, divided(tile.lines, 2)
             rows_of = [1] * planes
         else:
             words, planes, plane_lines = across.stride + chunks, 2 * across.stride, tile.lines
-            rows_of = [divided(line_chunks - plane, planes) for plane in range(planes)]
+            rows_of = [divided(of_line - plane, planes) for plane in range(planes)]
         plane_at = [sum(rows_of[:plane]) * plane_lines for plane in range(planes + 1)]
         reached = [plane_at[w % planes] + w // planes * plane_lines + 8 * sets for w in range(words)]
         x_chunks = max(plane_at[-1], *reached)
-        is_narrow = narrow(problem, tile, across.padding, line_chunks)
-        x_positions = min(across.size, 8 * line_chunks - across.padding) if is_narrow else 8 * line_chunks
+        is_narrow = narrow(problem, tile, across.padding, of_line)
+        x_positions = min(across.size, 8 * of_line - across.padding) if is_narrow else 8 * of_line
         g_positions = across.out if is_narrow else 8 * tile.groups
 
         def chunk_bytes(channels: int) -> int:
@@ -125,7 +145,7 @@ class TapsSparseNhwc(LinesVariant):
         x_pieces = pieces(x_positions, x_channels, x_elements)
         g_pieces = pieces(g_positions, tile.channels, g_elements)
         if tile.boxes:
-            is_narrow, x_pieces, g_pieces = False, 0, 0
+            x_pieces = g_pieces = 0
         return Layout(
             lead=0,
             width=across.size if is_narrow else 0,
@@ -145,6 +165,7 @@ class TapsSparseNhwc(LinesVariant):
             + 2 * words * x_pairs
             + 4
             + PIECE_REGISTERS * (x_pieces + g_pieces),
+            box_columns=box_columns(problem, tile) if tile.boxes else (0, 0),
         )
 
     def maps(self, problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Maps | None:
@@ -157,8 +178,9 @@ class TapsSparseNhwc(LinesVariant):
             return None  # boxes would have other lines' outputs in them, or lanes would read what isn't there
         if problem.least_bytes > MOST_SIZES * device.l2_bytes:
             return None  # lanes' copies were faster: 138 µs, not 153, of 3×7 on 128 × 256 (H200, 2026-11)
-        x_box = (tile.channels // problem.multiplier, 8 * chunks[0])
-        return gradient_maps(problem, device, tile.turned, x_box, (tile.channels, 8 * chunks[1]), swizzled=True)
+        of_x, of_g = box_columns(planes, tile)
+        x_box = (tile.channels // problem.multiplier, of_x)
+        return gradient_maps(problem, device, tile.turned, x_box, (tile.channels, of_g), swizzled=True)
 
     @staticmethod
     def _more(problem: DepthwiseProblem, tile: Tile) -> int:
@@ -166,7 +188,8 @@ class TapsSparseNhwc(LinesVariant):
         along, across = axes(problem, tile.turned)
         more = min(along.stride, tile.taps[0]) > 1 or tile.lines * up(tile.groups, 2) > SET
         more = more or along.classes * across.classes > 1 or tile.groups == 1
-        return OTHER_REGISTERS + (MORE_REGISTERS if more else 0)
+        beside = NARROW_REGISTERS if tile.own == 8 and narrow(problem, tile, 0, 1) else 0
+        return OTHER_REGISTERS + (MORE_REGISTERS if more else 0) + beside
 
     def tiles(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
         m = problem.multiplier
