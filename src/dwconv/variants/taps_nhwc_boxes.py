@@ -14,8 +14,11 @@ from .strips import planar, up
 from .taps_nhwc_tiles import Tile, cut, lane_registers
 
 # Warps of a block, and blocks of a multiprocessor, that are worth a prediction where rows come as boxes.
-BOX_WARPS = ((8, 1), (10, 1), (12, 1), (14, 1), (16, 1), (6, 2), (8, 2))
+BOX_WARPS = ((8, 1), (10, 1), (12, 1), (13, 1), (14, 1), (16, 1), (6, 2), (8, 2))
 BOX_STAGES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))  # stages, and steps of each
+# Registers that a lane of one channel needs beside those that are counted, of up to SHORT columns and of more: 16 warps
+# instead of 12 make 7×7 1 to 3 % faster, 10 instead of 8 with 14 columns make 31×31 12 % slower (H200, NVRTC 13.0).
+LEAST_MORE, LONG_MORE, SHORT = 16, 36, 8
 FEW_LINES = 2  # of L2, of a pixel
 LONG, FEW_TAPS = 28, 25  # rows of a march, taps of a lane: stages of two steps pay where there are more (H200, 2026-11)
 
@@ -46,7 +49,7 @@ def boxed(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> list[Til
     if tile.stage_steps > 1 or tensor_maps(problem, device, tile) is None:
         return [tile]
     registers = lane_registers(planar(problem), tile.turned, tile.taps, tile.columns, tile.vector, tile.depth_taps)
-    needed = registers + (36 if tile.vector == 1 else 26)  # what ptxas needs beside them (sm_90, NVRTC 13.0)
+    needed = registers + (26 if tile.vector > 1 else LEAST_MORE if tile.columns <= SHORT else LONG_MORE)
     warps_of = [
         (warps, blocks)
         for warps, blocks in BOX_WARPS
