@@ -57,7 +57,7 @@ public:
         static_cast<void>(readers);
 #else
         full_ = static_cast<unsigned>(__cvta_generic_to_shared(gates));
-        keep(full_);
+        keep(full_);  // else it is found again in each step, from the block's number in its cluster (S2UR)
         if (threadIdx.x == 0) {
             for (int k = 0; k < Stages; ++k) {
                 Gate::initialize(full_ + 8 * k, Fillers);

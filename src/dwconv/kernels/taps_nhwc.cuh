@@ -18,7 +18,8 @@
 
 namespace dwconv {
 
-// Calls sums.step<phase>(arguments...): the phase says which registers a step's row of g goes to.
+// Calls sums.step<phase>(arguments...): the phase says which registers a step's row of g goes to. (One step behind the
+// other, as take_all_steps has them, was slower here: ptxas took lanes of a warp for being apart.)
 template <int Phases, int Phase = 0, class Sums, class... Arguments>
 __device__ __forceinline__ void step_in_phase(int phase, Sums& sums, const Arguments&... arguments) {
     if constexpr (Phase + 1 < Phases) {

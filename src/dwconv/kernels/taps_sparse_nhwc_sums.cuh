@@ -38,6 +38,7 @@ struct TapsSparseSums {
     unsigned x_from, g_from;                // where the lane's first words are in a stage, in bytes
     unsigned pattern = kPairsOfChannels ^ unknown_zero();
 
+    // ptxas would set a pattern that it knows again before each product.
     __device__ __forceinline__ TapsSparseSums() {
         const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
         x_from = W::x_from(lane, warp * (2 * kXPairs));
