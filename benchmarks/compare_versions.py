@@ -11,24 +11,19 @@ version's plans one after the other in each round, and the first version's a sec
 from __future__ import annotations
 
 import argparse
-import lzma
-import math
-import pickle
 import shlex
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from compiled_plans import COPY, read, time_plans, write
 
-from dwconv.bench.baselines import empty_result, make_tensors, variant_contender
-from dwconv.bench.results import attainment, write_whole
-from dwconv.bench.run import check, conditions_here, expect
+from dwconv.bench.results import attainment, geometric_mean, write_whole
+from dwconv.bench.run import conditions_here
 from dwconv.bench.suites import DIRECTIONS, LAYOUTS, SUITES, load_suite, select
-from dwconv.bench.timing import copy_contender, measure
 from dwconv.choose import ranked
-from dwconv.compile import CompiledKernel, compile_first, remember
+from dwconv.compile import CompiledKernel, compile_first
 from dwconv.device import PRESETS, preset
 from dwconv.launch import device_spec
 from dwconv.plan import Plan
@@ -58,66 +53,47 @@ def compile_cases(options: argparse.Namespace) -> None:
             found.append(one)
             print(f"\r{len(found)} of {len(picked)} cases compiled", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    options.compile.write_bytes(lzma.compress(pickle.dumps(found), preset=1))
-
-
-def time_versions(problem: DepthwiseProblem, versions: dict[str, tuple[Plan, CompiledKernel]]) -> dict[str, float]:
-    """Seconds of each version's plan, and of a copy of as many bytes. Leaves out what gives a wrong result."""
-    tensors = make_tensors(problem, "cuda")
-    expected = expect(problem, tensors)
-    contenders = {"copy": copy_contender(problem.least_bytes, "cuda")}
-    for label, (plan, kernel) in versions.items():
-        remember(plan, kernel)
-        contender = variant_contender(plan, tensors, empty_result(problem, "cuda"))
-        checked = check(problem, tensors, contender, expected)
-        if checked is not None and checked[1] > 1:
-            print(f"  {label} is wrong, {checked[1]:.3g} times its bound: {plan.variant}: {plan.tile}")
-            continue
-        contenders[label] = contender.run
-    return {label: timing.median for label, timing in measure(contenders, rounds=ROUNDS, limit_seconds=60).items()}
-
-
-def mean(values: Iterable[float]) -> float:
-    """The geometric mean."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+    write(options.compile, found)
 
 
 def compare(options: argparse.Namespace) -> str:
     """Times all cases that every version has; a line of each, those that gained most first."""
     files = dict(each.split("=", 1) for each in options.times)
-    first, last = next(iter(files)), list(files)[-1]
+    labels = list(files)
+    first, last = labels[0], labels[-1]
     cases: dict[tuple[str, DepthwiseProblem], dict[str, tuple[Plan, CompiledKernel]]] = {}
     for label, path in files.items():
-        for name, plan, kernel in pickle.loads(lzma.decompress(Path(path).read_bytes())):
+        for name, plan, kernel in read(Path(path)):
             cases.setdefault((name, plan.problem), {})[label] = (plan, kernel)
     device, rows = device_spec(0), []
     for (name, problem), versions in cases.items():
         if len(versions) < len(files):
             continue
-        seconds = time_versions(problem, versions | {AGAIN: versions[first]})
-        if {first, last} <= seconds.keys():
+        timings = time_plans(problem, versions | {AGAIN: versions[first]}, ROUNDS)
+        seconds = {label: timing.median for label, timing in timings.items()}
+        if {first, last, AGAIN} <= seconds.keys():
             rows.append((seconds[last] / seconds[first], name, problem, seconds, versions[last][0]))
         torch.cuda.empty_cache()
     rows.sort(key=lambda row: row[0])
 
     conditions = conditions_here(torch, ROUNDS, shlex.join(["python", "benchmarks/compare_versions.py", *sys.argv[1:]]))
     lines = [
-        f"{conditions.command}",
+        conditions.command,
         f"{conditions.device}, driver {conditions.driver}, torch {conditions.torch}, {conditions.date}",
         f"{conditions.l2} L2, medians of {ROUNDS} interleaved rounds",
         "",
     ]
     for variant in sorted({row[4].variant for row in rows}):
         alike = [row for row in rows if row[4].variant == variant]
-        noise = mean(row[3].get(AGAIN, math.nan) / row[3][first] for row in alike)
-        lines.append(f"{variant}: {len(alike)} cases, {mean(row[0] for row in alike):.3f} (noise {noise:.3f})")
-    labels = [*files]
+        noise = geometric_mean(row[3][AGAIN] / row[3][first] for row in alike)
+        lines.append(
+            f"{variant}: {len(alike)} cases, {geometric_mean(row[0] for row in alike):.3f} (noise {noise:.3f})"
+        )
     lines += ["", f"{'  '.join(f'{label:>9} us' for label in labels)}   ratio  attainment"]
     for ratio, name, problem, seconds, plan in rows:
         times = "  ".join(f"{seconds[label] * 1e6:12.2f}" if label in seconds else f"{'-':>12}" for label in labels)
         fma = roofline(problem, device).fma
-        was, now = (attainment(seconds["copy"], fma, seconds[label]) for label in (first, last))
+        was, now = (attainment(seconds[COPY], fma, seconds[label]) for label in (first, last))
         layout = problem.layout.removeprefix("channels_")
         lines.append(
             f"{times}  {ratio:.3f}  {was:.3f} -> {now:.3f}  {name} {problem.dtype} {layout} {problem.direction}: "

@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import lzma
-import pickle
 import random
 import shlex
 import sys
@@ -32,14 +30,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from compiled_plans import COPY, read, time_plans, write
 
-from dwconv.bench.baselines import best_plan, empty_result, make_tensors, variant_contender
+from dwconv.bench.baselines import best_plan
 from dwconv.bench.results import attainment, write_whole
-from dwconv.bench.run import check, conditions_here, expect
+from dwconv.bench.run import conditions_here
 from dwconv.bench.suites import DIRECTIONS, LAYOUTS, SUITES, load_suite, select
-from dwconv.bench.timing import copy_contender, measure
 from dwconv.choose import candidates
-from dwconv.compile import CompiledKernel, compile_many, remember
+from dwconv.compile import CompiledKernel, compile_many
 from dwconv.device import PRESETS, DeviceSpec, preset
 from dwconv.errors import DepthwiseError
 from dwconv.launch import device_spec
@@ -106,21 +104,8 @@ def compiled_tiles(
 def sweep(problem: DepthwiseProblem, tiles: Tiles) -> list[dict[str, object]]:
     """Attainment, prediction, spread and registers of tiles, the best first."""
     device = device_spec(0)
-    tensors = make_tensors(problem, "cuda")
-    expected = expect(problem, tensors)
-    y = empty_result(problem, "cuda")
-    contenders, registers = {"copy": copy_contender(problem.least_bytes, "cuda")}, {}
-    for tile, (plan, kernel) in tiles.items():
-        remember(plan, kernel)
-        contender = variant_contender(plan, tensors, y)
-        checked = check(problem, tensors, contender, expected)
-        if checked is not None and checked[1] > 1:
-            print(f"  wrong, {checked[1]:.3g} times its bound: {tile}")
-            continue
-        contenders[tile] = contender.run
-        registers[tile] = kernel.resources.registers
-    timings = measure(contenders, rounds=ROUNDS, limit_seconds=60)
-    copy, fma = timings.pop("copy").median, roofline(problem, device).fma
+    timings = time_plans(problem, tiles, ROUNDS)
+    copy, fma = timings.pop(COPY).median, roofline(problem, device).fma
     rows = [
         {
             "tile": tile,
@@ -128,7 +113,7 @@ def sweep(problem: DepthwiseProblem, tiles: Tiles) -> list[dict[str, object]]:
             "microseconds": round(timing.median * 1e6, 2),
             "predicted": round(tiles[tile][0].predicted_seconds * 1e6, 2),
             "spread": round(timing.spread, 4),
-            "registers": registers[tile],
+            "registers": tiles[tile][1].resources.registers,
         }
         for tile, timing in timings.items()
     ]
@@ -152,16 +137,14 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90", choices=PRESETS, help="what --compile compiles for")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.compiled:
-        every = pickle.loads(lzma.decompress(options.compiled.read_bytes()))
-    else:
-        every = tiles_of(options, preset(options.arch) if options.compile else device_spec(0))
+    device = preset(options.arch) if options.compile else device_spec(0)
+    every = read(options.compiled) if options.compiled else tiles_of(options, device)
     if options.compile:
         compiled = []
         for case in every:
             compiled.append(case)
             print(f"{case[0]} {case[1].dtype} {case[1].layout}: {len(case[3])} tiles compiled", flush=True)
-        options.compile.write_bytes(lzma.compress(pickle.dumps(compiled), preset=1))
+        write(options.compile, compiled)
         return
     command = shlex.join(["python", "benchmarks/sweep_tiles.py", *sys.argv[1:]])
     report = {"conditions": asdict(conditions_here(torch, ROUNDS, command)), "cases": {}}

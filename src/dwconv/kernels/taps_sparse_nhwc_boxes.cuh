@@ -93,12 +93,12 @@ struct TapsSparseBoxes {
     }
 };
 
-// Clears a line's columns that no box brings: all but Columns from First on, of Pitch bytes each.
-template <int First, int Columns, int All, int Pitch, int Threads>
+// A warp clears a line's columns that no box brings: all but Columns from First on, of Pitch bytes each.
+template <int First, int Columns, int All, int Pitch>
 __device__ __forceinline__ void clear_beside(unsigned char* line) {
     constexpr int kPieces = (All - Columns) * (Pitch / 16);
 #pragma unroll 1
-    for (int at = static_cast<int>(threadIdx.x) % Threads; at < kPieces; at += Threads) {
+    for (int at = static_cast<int>(threadIdx.x % 32); at < kPieces; at += 32) {
         const int column = at / (Pitch / 16);
         *reinterpret_cast<uint4*>(line + (column < First ? column : column + Columns) * Pitch +
                                   at % (Pitch / 16) * 16) = uint4{0, 0, 0, 0};
@@ -114,10 +114,10 @@ __device__ __forceinline__ void clear_beside_boxes(unsigned char* stages) {
         unsigned char* const stage = stages + line / W::kLines * W::kStageBytes;
 #pragma unroll
         for (int e = 0; e < W::kRows; ++e)
-            clear_beside<W::kXBoxFirst, W::kXBoxColumns, 8 * W::kXBoxChunks, W::kXPitch, 32>(
+            clear_beside<W::kXBoxFirst, W::kXBoxColumns, 8 * W::kXBoxChunks, W::kXPitch>(
                 stage + e * W::kXRowBytes + W::x_line_at(line % W::kLines));
-        clear_beside<0, W::kGBoxColumns, 8 * W::kGBoxChunks, W::kGPitch, 32>(stage + W::kGAt +
-                                                                             W::g_line_at(line % W::kLines));
+        clear_beside<0, W::kGBoxColumns, 8 * W::kGBoxChunks, W::kGPitch>(stage + W::kGAt +
+                                                                         W::g_line_at(line % W::kLines));
     }
 }
 

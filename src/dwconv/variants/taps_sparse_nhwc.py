@@ -44,13 +44,18 @@ def line_chunks(problem: DepthwiseProblem, tile: Tile) -> int:
     return divided((8 * tile.groups - 1) * stride + tile.taps[1], 8)
 
 
+def one_line_wide(problem: DepthwiseProblem, tile: Tile) -> bool:
+    """See `narrow`; problem: planar."""
+    return narrow(problem, tile, across_axis(problem, tile.turned).padding, line_chunks(problem, tile))
+
+
 def box_columns(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int]:
     """Columns of a line that a box brings, of x and of g: those that exist, of images one line wide.
 
     problem: planar.
     """
     across, (in_x, in_g) = across_axis(problem, tile.turned), box_chunks(problem, tile)
-    if not narrow(problem, tile, across.padding, line_chunks(problem, tile)):
+    if not one_line_wide(problem, tile):
         return 8 * in_x, 8 * in_g
     step = max(1, LINE // (2 * tile.channels // problem.multiplier))  # boxes begin at multiples of 128 bytes
     return min(across.padding + across.size, 8 * in_x) - across.padding // step * step, across.out
@@ -119,7 +124,7 @@ class TapsSparseNhwc(LinesVariant):
         plane_at = [sum(rows_of[:plane]) * plane_lines for plane in range(planes + 1)]
         reached = [plane_at[w % planes] + w // planes * plane_lines + 8 * sets for w in range(words)]
         x_chunks = max(plane_at[-1], *reached)
-        is_narrow = narrow(problem, tile, across.padding, of_line)
+        is_narrow = one_line_wide(problem, tile)
         x_positions = min(across.size, 8 * of_line - across.padding) if is_narrow else 8 * of_line
         g_positions = across.out if is_narrow else 8 * tile.groups
 
@@ -188,7 +193,7 @@ class TapsSparseNhwc(LinesVariant):
         along, across = axes(problem, tile.turned)
         more = min(along.stride, tile.taps[0]) > 1 or tile.lines * up(tile.groups, 2) > SET
         more = more or along.classes * across.classes > 1 or tile.groups == 1
-        beside = NARROW_REGISTERS if tile.own == 8 and narrow(problem, tile, 0, 1) else 0
+        beside = NARROW_REGISTERS if tile.own == 8 and one_line_wide(problem, tile) else 0
         return OTHER_REGISTERS + (MORE_REGISTERS if more else 0) + beside
 
     def tiles(self, problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
