@@ -161,7 +161,14 @@ def test_stages_of_slices_are_used_again(stages: int) -> None:
 
 def test_blocks_of_slices_may_take_one_more() -> None:
     plan = slice_plan(VARIANT.stem, P(64, 16, (7, 7), (3, 3), padding=same(3, 3)), H200, 2, 3, blocks=3)
-    assert (plan.grid[0], plan.tiling[25], plan.tiling[26], plan.tiling[-1]) == (3, 2, 8, 2)
+    assert (plan.grid[0], plan.tiling[25], plan.tiling[26], *plan.tiling[-2:]) == (3, 2, 8, 2, 0)
+    check(plan)
+
+
+def test_blocks_of_slices_take_whole_ones_first() -> None:
+    """Five slices of four groups of images: one for each of three blocks, then 3, 3 and 2 groups of the other two."""
+    plan = slice_plan(VARIANT.stem, P(64, 40, (7, 7), (3, 3), padding=same(3, 3)), H200, 2, 3, blocks=3)
+    assert (plan.tiling[25], plan.tiling[26], *plan.tiling[-2:]) == (2, 20, 2, 4)
     check(plan)
 
 

@@ -5,6 +5,17 @@
 
 namespace dwconv {
 
+// The number of this thread's warp, the same for all its lanes as compilers see it, too: where one warp alone waits,
+// they don't expect its lanes apart from each other behind that (17 instructions for a row of wide_nhwc, and up to 30
+// registers; sm_90, NVRTC 13.0). To be called before anything branches.
+__device__ __forceinline__ unsigned warp_number() {
+#ifdef DWCONV_EMULATOR
+    return threadIdx.x / 32;
+#else
+    return __shfl_sync(__activemask(), threadIdx.x / 32, 0);
+#endif
+}
+
 #if !defined(DWCONV_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define DWCONV_ASYNC_COPIES
 #endif

@@ -30,6 +30,7 @@ struct MatrixTiling {
     unsigned threads;                          // of a block
     unsigned last_image;                       // the first one of the last group
     unsigned longer;                           // slices: blocks that take one more than their share, the first ones
+    unsigned whole;                            // slices: groups that a block takes before its share, of whole slices
 };
 
 struct MatrixItem {

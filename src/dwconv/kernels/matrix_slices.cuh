@@ -44,9 +44,15 @@ struct Slices {
           stages(reinterpret_cast<T*>(values + S::kValues * S::kElements) + S::kGap),
           results(stages + S::kStages * (S::kStage + S::kGap)) {}
 
-    __device__ __forceinline__ SlicePlace place(unsigned number) const {
-        const unsigned slice = tiling.image_groups.quotient(number);
-        return {static_cast<int>(slice), first_image(number - slice * tiling.image_groups.divisor, tiling)};
+    // Of the block's k-th group of images. Blocks begin with whole slices, neighbours of each other, so that lines that
+    // two slices share are wanted by both at the same time; then each has its share of the groups of those left.
+    __device__ __forceinline__ SlicePlace place(unsigned k) const {
+        const unsigned block = blockIdx.x, groups = tiling.image_groups.divisor;
+        const bool is_whole = k < tiling.whole;
+        const unsigned shared = tiling.whole * (gridDim.x - 1) + block * tiling.share + min(block, tiling.longer);
+        const unsigned number = is_whole ? k : shared + k, slice = tiling.image_groups.quotient(number);
+        return {static_cast<int>(is_whole ? slice * gridDim.x + block : slice),
+                first_image(number - slice * groups, tiling)};
     }
     __device__ __forceinline__ T* stage(int number) const { return stages + number * (S::kStage + S::kGap); }
 
@@ -265,20 +271,19 @@ struct Slices {
     }
 
     __device__ __forceinline__ void run() {
-        unsigned number = blockIdx.x * tiling.share + (blockIdx.x < tiling.longer ? blockIdx.x : tiling.longer);
-        const unsigned end = number + tiling.share + (blockIdx.x < tiling.longer ? 1 : 0);
+        const unsigned end = tiling.whole + tiling.share + (blockIdx.x < tiling.longer ? 1 : 0);
         int at = 0, loaded = -1;
         T held[kHeld];
-        load_taps(held, place(number).slice);
+        load_taps(held, place(0).slice);
 #pragma unroll 1
         for (unsigned ahead = 0; ahead + 1 < S::kStages; ++ahead) {
-            if (number + ahead < end) fetch(place(number + ahead), stage(ahead));
+            if (ahead < end) fetch(place(ahead), stage(ahead));
             end_of_copies();
         }
         prepare();
         __syncthreads();
-        for (; number < end; ++number) {
-            const SlicePlace now = place(number);
+        for (unsigned k = 0; k < end; ++k) {
+            const SlicePlace now = place(k);
             if (now.slice != loaded) {
                 if (loaded >= 0) load_taps(held, now.slice);
                 store_taps(held, now.slice);
@@ -289,7 +294,7 @@ struct Slices {
             wait_for_copies<S::kStages - 2>();
             __syncthreads();  // the slice is there; the results of the one before have left, and its stage is free
             const int before = at == 0 ? S::kStages - 1 : at - 1;
-            if (number + (S::kStages - 1) < end) fetch(place(number + (S::kStages - 1)), stage(before));
+            if (k + (S::kStages - 1) < end) fetch(place(k + (S::kStages - 1)), stage(before));
             end_of_copies();
             multiply(now, stage(at));
             __syncthreads();

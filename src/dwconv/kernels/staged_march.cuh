@@ -41,37 +41,45 @@ __device__ __forceinline__ void each_plane(int group, int groups, int planes, co
 // the place of the one above: as the first multiply-add writes it there, that costs nothing. Output 0's first tap reads
 // window[-Before]; what lies outside of the window is padding.
 //   A multiply-add reads three registers, and each of two banks gives one a clock, unless the one before read the same.
-//   Two rows at a time and registers to spare let the compiler arrange most of them; of what it leaves, fewer brought
-//   nothing (docs/variants/staged_nchw.md).
+//   Two rows at a time and registers to spare let the compiler arrange most of them; how many it leaves is a matter of
+//   the order here, by which a seventh of them or a third is (docs/variants/staged_nchw.md).
 template <class C, int Phase, int Before, int Window, class Sum>
 __device__ __forceinline__ void march_row(const Sum (&window)[Window], const Sum (&taps)[C::kFilterH][C::kFilterW],
                                           Sum bias, Sum (&sums)[ceil_div(C::kFilterH, C::kStrideH)][C::kColumns]) {
+    constexpr int kLive = ceil_div(C::kFilterH, C::kStrideH);
+    constexpr int kReach = (C::kColumns - 1) * C::kStrideW + C::kFilterW;
+    Sum moved[kLive][C::kColumns];
 #pragma unroll
-    for (int k = ceil_div(C::kFilterH, C::kStrideH) - 1; k >= 0; --k) {
-        const int u = Phase + k * C::kStrideH;
-        if (u >= C::kFilterH) continue;
-        Sum row[C::kColumns];
-        const auto add = [&](int t, int v) {
-            const int column = t * C::kStrideW + v - Before;
-            if (column >= 0 && column < Window) row[t] += taps[u][v] * window[column];
-        };
+    for (int k = 0; k < kLive; ++k)
 #pragma unroll
-        for (int t = 0; t < C::kColumns; ++t) row[t] = Phase > 0 ? sums[k][t] : k > 0 ? sums[k - 1][t] : bias;
-        if constexpr (C::kRows == 1) {
+        for (int t = 0; t < C::kColumns; ++t)
+            moved[k][t] = Phase > 0 ? sums[k][t] : k > 0 ? sums[larger(k - 1, 0)][t] : bias;
+    // What output column t has of the window's column e, counted from the first one that output 0 would read.
+    const auto add = [&](int k, int t, int e) {
+        const int u = Phase + k * C::kStrideH, v = e - t * C::kStrideW, column = e - Before;
+        if (u < C::kFilterH && is_tap(v, 1, C::kFilterW) && column >= 0 && column < Window)
+            moved[k][t] += taps[u][v] * window[column];
+    };
+    if constexpr (C::kWhole > 0) {
 #pragma unroll
-            for (int v = 0; v < C::kFilterW; ++v)
+        for (int t = 0; t < C::kColumns; ++t)
 #pragma unroll
-                for (int t = 0; t < C::kColumns; ++t) add(t, v);
-        } else {
+            for (int e = 0; e < kReach; ++e)
 #pragma unroll
-            for (int e = 0; e < (C::kColumns - 1) * C::kStrideW + C::kFilterW; ++e)
+                for (int k = 0; k < kLive; ++k) add(k, k % 2 == 0 ? t : C::kColumns - 1 - t, e);
+    } else {
 #pragma unroll
-                for (int t = 0; t < C::kColumns; ++t)
-                    if (is_tap(e - t * C::kStrideW, 1, C::kFilterW)) add(t, e - t * C::kStrideW);
-        }
+        for (int e = 0; e < kReach; ++e)
 #pragma unroll
-        for (int t = 0; t < C::kColumns; ++t) sums[k][t] = row[t];
+            for (int t = 0; t < C::kColumns; ++t)
+#pragma unroll
+                for (int k = 0; k < kLive; ++k) add(k, t, e);
     }
+#pragma unroll
+    for (int k = 0; k < kLive; ++k)
+#pragma unroll
+        for (int t = 0; t < C::kColumns; ++t)
+            if (Phase + k * C::kStrideH < C::kFilterH) sums[k][t] = moved[k][t];
 }
 
 template <class C>
@@ -90,7 +98,7 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
 
     // The warp's item.
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const unsigned number = blockIdx.x * (C::kThreads / 32) + threadIdx.x / 32;
+    const unsigned warp = warp_number(), number = blockIdx.x * (C::kThreads / 32) + warp;
     const unsigned above = tiling.column_items.quotient(number), group = tiling.row_items.quotient(above);
     const unsigned image = tiling.channel_groups.quotient(group);
     const unsigned channel = (group - image * tiling.channel_groups.divisor) * tiling.item_planes;
@@ -111,9 +119,14 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
     const int in_end = smaller(last + 1, static_cast<int>(sizes.in_h));
 
     // The warp's shared memory.
-    const int pitch = static_cast<int>(tiling.pitch), plane_pitch = static_cast<int>(tiling.plane_pitch);
+    const int plane_pitch = static_cast<int>(tiling.plane_pitch);
+    // In registers: what is read again from the parameters is waited for, in each step.
+    int pitch = static_cast<int>(tiling.pitch);
+    int copy_pitch = static_cast<int>(tiling.copy_pitch), store_pitch = static_cast<int>(tiling.store_pitch);
+    unsigned copy_step = tiling.copy_step, store_step = tiling.store_step;
+    keep(pitch), keep(copy_pitch), keep(store_pitch), keep(copy_step), keep(store_step);
     const int stage_elements = 2 * pitch, last_stage = (C::kStages - 1) * stage_elements;
-    T* const ring = shared_memory<T>() + threadIdx.x / 32 * tiling.warp_elements;
+    T* const ring = shared_memory<T>() + warp * tiling.warp_elements;
     T* const buffer = ring + tiling.ring_elements;
 
     // Copies of the next pair of rows.
@@ -131,15 +144,15 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
         if constexpr (C::kEven) {
             if (static_cast<unsigned>(copied_row + below - row) < static_cast<unsigned>(in_end - row))
                 each_plane<C>(share.group, tiling.copy_planes, planes, [&](int k) {
-                    copy_piece<C::kGranule * sizeof(T)>(into + stage + k * static_cast<int>(tiling.copy_pitch),
-                                                        from + k * static_cast<long long>(tiling.copy_step));
+                    copy_piece<C::kGranule * sizeof(T)>(into + stage + k * copy_pitch,
+                                                        from + k * static_cast<long long>(copy_step));
                 });
         } else {
 #pragma unroll 1
             for (int r = larger(0, row - copied_row); r < smaller(2, in_end - copied_row); ++r)
                 each_plane<C>(share.group, tiling.copy_planes, planes, [&](int k) {
-                    T* const to = into + stage + k * static_cast<int>(tiling.copy_pitch) + r * pitch;
-                    const T* line = from + k * static_cast<long long>(tiling.copy_step) + r * in_w;
+                    T* const to = into + stage + k * copy_pitch + r * pitch;
+                    const T* line = from + k * static_cast<long long>(copy_step) + r * in_w;
 #pragma unroll 1
                     for (int at = 0; at < pieces - share.piece; at += 32)
                         copy_piece<C::kGranule * sizeof(T)>(to + at * C::kGranule, line + at * C::kGranule);
@@ -207,15 +220,13 @@ __device__ __forceinline__ void staged_march(const Tensors<typename C::Element>&
         if constexpr (C::kEven) {
             if (part > 0)
                 each_plane<C>(out_share.group, tiling.store_planes, planes, [&](int k) {
-                    store_piece(results + k * static_cast<int>(tiling.store_pitch),
-                                out + k * static_cast<long long>(tiling.store_step));
+                    store_piece(results + k * store_pitch, out + k * static_cast<long long>(store_step));
                 });
         } else {
             each_plane<C>(out_share.group, tiling.store_planes, planes, [&](int k) {
 #pragma unroll 1
                 for (int at = 0; at < part; at += 32 * C::kStoreVector)
-                    store_piece(results + k * static_cast<int>(tiling.store_pitch) + at,
-                                out + k * static_cast<long long>(tiling.store_step) + at);
+                    store_piece(results + k * store_pitch + at, out + k * static_cast<long long>(store_step) + at);
             });
         }
         __syncwarp();  // the buffer has been read

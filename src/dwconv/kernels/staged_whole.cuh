@@ -106,15 +106,16 @@ __device__ __forceinline__ void staged_whole(const Tensors<typename C::Element>&
     constexpr int kPointers = kLanes == 1 ? 1 : kWindow;
 
     const int lane = static_cast<int>(threadIdx.x % 32);
+    const unsigned warp = warp_number();
     const int height = static_cast<int>(sizes.in_h), in_plane = static_cast<int>(tiling.in_plane);
     const int out_h = static_cast<int>(sizes.out_h), out_plane = static_cast<int>(tiling.out_plane);
     const int channels = static_cast<int>(sizes.out_channels);
-    T* stretch = shared_memory<T>() + threadIdx.x / 32 * tiling.warp_elements;
+    T* stretch = shared_memory<T>() + warp * tiling.warp_elements;
     T* const filters = stretch + tiling.ring_elements;
     T* other = stretch + (tiling.warp_elements - tiling.ring_elements);  // kAhead: the next item's input
 
     // A warp's items; their planes are neighbours in memory.
-    unsigned number = blockIdx.x * (C::kThreads / 32) + threadIdx.x / 32, first_plane;
+    unsigned number = blockIdx.x * (C::kThreads / 32) + warp, first_plane;
     int channel, planes;
     const auto find = [&] {
         const unsigned image = tiling.channel_groups.quotient(number);
@@ -135,7 +136,7 @@ __device__ __forceinline__ void staged_whole(const Tensors<typename C::Element>&
     // another (7x7 on 14x14: attainment 0.77 to 0.81 instead of 0.75, H200, 2026-11).
     if constexpr (C::kAhead > 0) {
         const unsigned before = blockIdx.x / (C::kAhead / C::kMinBlocks) % C::kMinBlocks;  // blocks that began before
-        __nanosleep(150 * (before * (C::kThreads / 32) + threadIdx.x / 32));
+        __nanosleep(150 * (before * (C::kThreads / 32) + warp));
     }
 #endif
     fetch(stretch);

@@ -282,6 +282,7 @@ class MatrixNchw(Variant):
                 32 * warps,
                 max(0, problem.batch - geometry.images),
                 0,
+                0,
             ),
             tile=f"{tile}; {share} × {geometry.images} images × {geometry.channels} channels",
             predicted_seconds=item_seconds(

@@ -136,7 +136,8 @@ def slice_plan(
     resident = max(1, min(min_blocks, device.shared_bytes // (shared + 1024)))
     total = slices * groups
     blocks = blocks or block_count(slices, groups, resident * device.multiprocessors)
-    share = total // blocks
+    whole = slices // blocks * groups
+    share, longer = divmod(total - whole * blocks, blocks)
     constants = problem_constants(problem) | {
         "THREADS": 32 * WARPS,
         "MIN_BLOCKS": min_blocks,
@@ -190,9 +191,10 @@ def slice_plan(
             *(0,) * 3,
             32 * WARPS,
             problem.batch - IMAGES,
-            total % blocks,
+            longer,
+            whole,
         ),
-        tile=f"slices of {channels} channels × {IMAGES} images, {share} a block, {stages} stages, {min_blocks} blocks",
+        tile=f"slices of {channels} channels × {IMAGES} images, {whole + share} a block, {stages} stages, {min_blocks} blocks",
         predicted_seconds=slice_seconds(problem, device, resident, blocks, total),
     )
 
