@@ -31,6 +31,10 @@ EDGES: list[tuple[DepthwiseProblem, tuple[str, ...]]] = [
     (P(3, 5, (6, 7, 7), (3, 3, 3), padding=1), ("float16",)),  # several volumes in a block
     (P(1, 3, (7, 6, 8), (3, 3, 3)), ("float32",)),
     (P(1, 2, (6, 9, 12), (5, 5, 5), padding=2), ("float32", "float16", "float64")),
+    (P(1, 3, (20, 5, 15), (5, 5, 5), padding=2, bias=True), ("float32",)),  # rows of eight outputs, planes to all sums
+    (P(2, 2, (9, 3, 16), (5, 5, 5), padding=((7, 6), (2, 2), (2, 2))), ("float32",)),  # outputs of padding alone
+    (P(1, 2, (2, 5, 8), (5, 3, 3), padding=((4, 3), (1, 1), (1, 1)), dilation=(2, 1, 1)), ("float32",)),
+    (P(1, 2, (3, 5, 8), (5, 3, 3), stride=(2, 1, 1), padding=((4, 4), (1, 1), (1, 1))), ("float32", "float64")),
     (P(1, 2, (8, 5, 10), (3, 5, 2), padding=((0, 3), (2, 1), (1, 0))), ("float16",)),
     (P(2, 4, (4, 8, 16), (1, 3, 3), padding=(0, 1, 1)), ("float32", "float16")),
     (P(2, 4, (6, 5, 16), (3, 1, 1), padding=(1, 0, 0)), ("float16", "float64")),

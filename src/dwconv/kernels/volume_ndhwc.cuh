@@ -146,6 +146,7 @@ __device__ __forceinline__ void volume_tile(const Tensors<typename C::Element>& 
 #define DWCONV_BATCH 4
 #define DWCONV_ONE_BATCH 0
 #define DWCONV_HELD_TAPS 0
+#define DWCONV_ALL 0
 #define DWCONV_RELOAD 0
 #define DWCONV_ROTATE 0
 #define DWCONV_UNROLL_ROWS 1
@@ -162,6 +163,7 @@ struct Config : ProblemConfig {
     static constexpr int kColumnAlign = DWCONV_COLUMN_ALIGN, kPlane = DWCONV_PLANE;
     static constexpr bool kHeldTaps = DWCONV_HELD_TAPS, kReload = DWCONV_RELOAD, kRotate = DWCONV_ROTATE;
     static constexpr int kUnrollRows = DWCONV_UNROLL_ROWS;
+    static constexpr bool kAll = DWCONV_ALL;  // planes are added to all sums, also to those of no output
 };
 
 using Tiling = dwconv::VolumeTiling;

@@ -33,15 +33,18 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
         else
             return place.residue + (place.first * V::kPeriod + step) * V::kResidues - C::kPadFront;
     };
+    // The steps whose planes exist; all, where padding lies between those of an output.
+    const int from = V::kEnds ? larger(0, ceil_div(-plane_of(0), V::kResidues)) : 0;
+    const int until = V::kEnds ? smaller(steps, ceil_div(in_d - plane_of(0), V::kResidues)) : steps;
     int only[C::kBatch];
     if constexpr (C::kOneBatch) read_table<C>(table, threadIdx.x, tiling, only);
     // Planes are started in their order, so that pointers need only be moved on.
-    int next = 0;
-    const T* next_x = x + plane_of(0) * sizes.x_depth;
+    int next = from;
+    const T* next_x = x + plane_of(from) * sizes.x_depth;
     const long long plane_apart = V::kResidues * sizes.x_depth;
     const auto start = [&](int stage) {
         const int plane = plane_of(next);
-        if (next < steps && static_cast<unsigned>(plane) < static_cast<unsigned>(in_d)) {
+        if (next < until && (V::kEnds || static_cast<unsigned>(plane) < static_cast<unsigned>(in_d))) {
             if constexpr (C::kReload) next_x = x + plane * sizes.x_depth;
             fetch<C>(table, next_x, slots + stage * elements, tiling, only);
         }
@@ -95,15 +98,30 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
     for (int step = 0; step < kAhead; ++step) start(step);
 #pragma unroll
     for (int age = 0; age < V::kAges; ++age) begin(own.sums[age]);
-    int stage = 0;  // step % kStages
+    const auto grow_older = [&] {
+#pragma unroll
+        for (int age = V::kAges - 1; age > 0; --age)
+#pragma unroll
+            for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+                for (int o = 0; o < V::kSumColumns; ++o)
+#pragma unroll
+                    for (int e = 0; e < V::kSumVector; ++e) own.sums[age][i][o][e] = own.sums[age - 1][i][o][e];
+        begin(own.sums[0]);
+    };
+    const auto move_on = [&] {
+        out.y += V::kResidues * out_plane;
+        if constexpr (C::kHasResidual) out.residual += V::kResidues * out_plane;
+    };
+    int stage = 0;  // (step - from) % kStages
 #pragma unroll 1
-    for (int round = 0; round < steps; round += V::kUnroll) {
+    for (int round = from; round < until; round += V::kUnroll) {
 #pragma unroll
         for (int phase = 0; phase < V::kUnroll; ++phase) {
             const int now = round + phase;
-            if (V::kUnroll > 1 && now >= steps) break;
+            if (V::kUnroll > 1 && now >= until) break;
             const int plane = plane_of(now);
-            const bool is_padding = plane < 0 || plane >= in_d;
+            const bool is_padding = !V::kEnds && (plane < 0 || plane >= in_d);
             wait_for_copies<kAhead - 1>();
             const typename Selected<V::kDirect, T, Sum>::Type* tile;
             if constexpr (V::kDirect) {
@@ -124,22 +142,14 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
             if constexpr (V::kRotates) {
                 begin(own.sums[slot_of<C>(0, phase)]);
             } else if (now % V::kPeriod == 0) {
-#pragma unroll
-                for (int age = V::kAges - 1; age > 0; --age)
-#pragma unroll
-                    for (int i = 0; i < C::kRows; ++i)
-#pragma unroll
-                        for (int o = 0; o < V::kSumColumns; ++o)
-#pragma unroll
-                            for (int e = 0; e < V::kSumVector; ++e) own.sums[age][i][o][e] = own.sums[age - 1][i][o][e];
-                begin(own.sums[0]);
+                grow_older();
             }
             const int newest = place.first + now / V::kPeriod, part = now % V::kPeriod;
             // ages whose outputs are of this stretch and whose taps exist
             const int youngest = larger(0, newest - place.end + 1);
             const int oldest = smaller(newest - place.first, (C::kFilterD - 1 - part) / V::kPeriod);
             // Sums of other outputs are never stored; where they cost little, they are made all the same.
-            constexpr bool kAll = (C::kMatrix ? !V::kPaired || C::kHeldTaps : C::kHeldTaps) && V::kPeriod == 1;
+            constexpr bool kAll = (C::kMatrix ? !V::kPaired || C::kHeldTaps : C::kAll) && V::kPeriod == 1;
             const bool is_whole = kAll || (youngest == 0 && oldest == V::kAges - 1);
             const int finished = newest - (V::kAges - 1);
             const bool is_finished = part == (C::kFilterD - 1) % V::kPeriod && finished >= place.first;
@@ -168,11 +178,16 @@ __device__ __forceinline__ void march(const Tensors<typename C::Element>& tensor
                     add_plane<C, false>(own, tile + window, taps, part, phase, youngest, oldest);
                 if (is_finished) store_plane<C>(out, sizes, place, own.sums[slot_of<C>(V::kAges - 1, phase)], values);
             }
-            if (is_finished) {
-                out.y += V::kResidues * out_plane;
-                if constexpr (C::kHasResidual) out.residual += V::kResidues * out_plane;
-            }
+            if (is_finished) move_on();
         }
+    }
+    // Steps behind the last plane finish what is left.
+#pragma unroll 1
+    for (int now = larger(from, until); V::kEnds && now < steps; ++now) {
+        if (now % V::kPeriod == 0) grow_older();
+        if (now % V::kPeriod != (C::kFilterD - 1) % V::kPeriod || now < C::kFilterD - 1) continue;
+        if constexpr (!C::kMatrix) store_plane<C>(out, sizes, place, own.sums[V::kAges - 1], values);
+        move_on();
     }
     wait_for_copies<0>();
     if constexpr (V::kPaired) {

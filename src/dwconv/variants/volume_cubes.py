@@ -201,6 +201,7 @@ def cubes_plan(stem: str, problem: DepthwiseProblem, device: DeviceSpec, tile: T
             "BATCH": 1,
             "ONE_BATCH": 0,
         },
+        share=share,
         blocks=blocks,
         threads=threads,
         shared=shared,

@@ -17,6 +17,7 @@ from .volumes import (
     copies,
     divisors,
     first_legal,
+    fits_eights,
     lane_taps,
     make_plan,
     march_seconds,
@@ -36,6 +37,7 @@ from .volumes import (
 )
 
 WIDTHS = (8, 16, 32, 56, 64)  # output columns of a tile, at most: the class that a kernel is compiled for
+MANY_TAPS = 100  # of a filter that lanes of a row of eight outputs sum faster than those of two rows of four
 
 
 def load_vector(problem: DepthwiseProblem) -> int:
@@ -43,14 +45,14 @@ def load_vector(problem: DepthwiseProblem) -> int:
     return widest(16 // problem.element_bytes, vector_limit(problem), problem.size[2])
 
 
-def pitch_of(problem: DepthwiseProblem, width: int, rows: int, vector: int) -> int:
+def pitch_of(problem: DepthwiseProblem, width: int, tile: Tile, vector: int) -> int:
     """Elements of a tile's row: whole vectors; a narrow tile's rows, several to a warp, lie in different banks."""
     offset = -problem.padding[2][0] % vector
     step = max(4, vector)
     pitch = -(-(offset + span(problem, width) + 3) // step) * step
-    lanes = width // 4
+    lanes = width // tile.columns
     if lanes < 8 and problem.stride[2] == 1:
-        while rows * problem.stride[1] * pitch % 32 != 16 and pitch % 32 != 0:
+        while tile.rows * problem.stride[1] * pitch % 32 != 16 and pitch % 32 != 0:
             pitch += step
     return pitch
 
@@ -84,9 +86,14 @@ class VolumeNcdhw(Variant):
                 yield Tile(rows, threads=128, matrix=True, reload=reload, rotate=flows, min_blocks=2)
         if flows and problem.taps <= HELD_TAPS and problem.dtype != "float64":
             yield Tile(2, threads=64, stages=4, held=True, reload=reload)
+        if flows and fits_eights(problem) and problem.taps >= MANY_TAPS:
+            yield Tile(1, 8, threads=64, stages=4, min_blocks=8, unroll=8 * problem.taps <= 1000)
         for rows in (2, 1):
             unroll = 4 * rows * problem.taps <= 1000
-            yield Tile(rows, threads=128, stages=4 if unroll else 3, reload=reload, min_blocks=4, unroll=unroll)
+            if problem.dtype == "float32":
+                yield Tile(rows, threads=64, reload=reload, min_blocks=8, unroll=unroll)
+            else:
+                yield Tile(rows, threads=128, stages=4 if unroll else 3, reload=reload, min_blocks=4, unroll=unroll)
         if not reload:
             yield Tile(1, threads=128, reload=True, min_blocks=4)
 
@@ -114,7 +121,7 @@ class VolumeNcdhw(Variant):
         lanes_x = divided(divided(out_w, tiles_x), tile.columns)
         if tiles_x > 1:
             lanes_x += lanes_x % 2  # tiles must start at vectors
-        pitch = pitch_of(problem, width, tile.rows, vector)
+        pitch = pitch_of(problem, width, tile, vector)
         groups = -(-out_h // tile.rows)
         most = max(1, tile.threads // lanes_x)
         planes = problem.batch * problem.out_channels
@@ -164,6 +171,7 @@ class VolumeNcdhw(Variant):
             tile,
             {"PITCH": pitch, "LOAD_VECTOR": vector, "STORE_VECTOR": store, "MATRIX": 0}
             | copies(volumes * vectors, tile, threads),
+            share=share,
             blocks=blocks,
             threads=threads,
             shared=shared,
@@ -244,6 +252,7 @@ class VolumeNcdhw(Variant):
             tile,
             {"PITCH": pitch, "LOAD_VECTOR": vector, "STORE_VECTOR": store, "MATRIX": 1}
             | copies(volumes * vectors, tile, threads),
+            share=share,
             blocks=blocks,
             threads=threads,
             shared=matrix_shared(problem, tile, volumes, own_warps, vectors, vector),

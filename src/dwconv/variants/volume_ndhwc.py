@@ -18,6 +18,7 @@ from .volumes import (
     copies,
     divisors,
     first_legal,
+    fits_eights,
     lane_taps,
     make_plan,
     march_seconds,
@@ -78,8 +79,12 @@ class VolumeNdhwc(Variant):
             for rows in (2, 1):  # more than 5 ages are too many to unroll the march by
                 yield Tile(rows, matrix=True, reload=reload, rotate=problem.filter[0] <= 5, min_blocks=2)
         if flows and problem.taps <= HELD_TAPS and problem.dtype != "float64":
+            if fits_eights(problem):
+                yield Tile(1, 8, 2, held=True, reload=reload, min_blocks=2)
             for channels in (2, 1):
                 yield Tile(2, 4, channels, 128, held=True, reload=reload, rotate=True, spots_x=2, min_blocks=4)
+        if flows and fits_eights(problem):
+            yield Tile(1, 8, reload=reload, min_blocks=2, unroll=8 * problem.taps <= 1000)
         for rows, columns in ((2, 4), (1, 4), (1, 2), (1, 1)):
             unroll = rows * columns * problem.taps <= 1000
             yield Tile(rows, columns, reload=reload, spots_x=2, min_blocks=2, unroll=unroll)
@@ -186,6 +191,7 @@ class VolumeNdhwc(Variant):
                 "COLUMN_ALIGN": align,
             }
             | copies(vectors, tile, threads),
+            share=share,
             blocks=blocks,
             threads=threads,
             shared=shared,
@@ -275,6 +281,7 @@ class VolumeNdhwc(Variant):
                 "COLUMN_ALIGN": 1,
             }
             | copies(vectors, tile, threads),
+            share=share,
             blocks=blocks,
             threads=threads,
             shared=shared,

@@ -10,7 +10,7 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS
 from .base import GRID_X_LIMIT
-from .strips import divided, widest
+from .strips import divided, up, widest
 
 MAX_REGISTERS = 168  # sums, taps and windows of a thread, as `March.registers` estimates them
 SMALL_BYTES = 12_000_000  # problems up to here have too few blocks to hide the latency of a march
@@ -19,6 +19,8 @@ STEP_SECONDS = 0.45e-6  # of a march that has the multiprocessor for itself (H20
 BEFORE_SUMS_SECONDS, BEFORE_MATRICES_SECONDS = 2.3e-6, 3.5e-6  # its first step (H200, 2026-11)
 SPREAD = 4  # blocks for each multiprocessor that small volumes are spread over, before several of them share a block
 HELD_TAPS = 27  # 32-bit registers of taps that a thread may hold for the whole march
+FILLED = 1.2  # columns of eights over those of the image, at most, where a lane has eight
+LITTLE = 0.06  # of all products: what may be added to sums of no output, in place of a second path through the code
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,12 @@ def needs_reload(problem: DepthwiseProblem) -> bool:
     """Whether planes can't, or needn't, be shared by output planes."""
     taps, stride = problem.filter[0], problem.stride[0]
     return taps <= stride or (stride > 1 and problem.dilation[0] > 1)
+
+
+def fits_eights(problem: DepthwiseProblem) -> bool:
+    """Whether lanes take rows of eight outputs: float32, whose neighbouring windows overlap, and rows that eights fill."""
+    width = problem.out_size[2]
+    return problem.dtype == "float32" and problem.stride[2] == 1 and up(width, 8) <= FILLED * width
 
 
 def span(problem: DepthwiseProblem, columns: int) -> int:
@@ -196,6 +204,18 @@ def shares(
         wanted = device.multiprocessors * MANY_WARPS // divided(threads, 32)
         share = min(length, max(2, divided(total, max(1, wanted))))
     return -(-total // share) if total else 1, length, share, total
+
+
+def beside_outputs(problem: DepthwiseProblem, march: March, share: int) -> float:
+    """Products that belong to no output where each plane is added to all sums in the making, over those that do: at the
+    ends of a march of `share` output planes.
+    """
+    (before, after), length = problem.padding[0], -(-problem.out_size[0] // march.residues)
+    missing = 0
+    for padding in (before, after):
+        outputs = march.ages - 1 - (padding // march.residues if share >= length else 0)
+        missing += max(0, outputs) * (outputs + 1) // 2
+    return missing / (max(1, share) * march.ages)
 
 
 def most_volumes(planes: int, device: DeviceSpec) -> int:
@@ -329,6 +349,7 @@ def make_plan(
     tile: Tile,
     constants: Mapping[str, int],
     *,
+    share: int,
     blocks: int,
     threads: int,
     shared: int,
@@ -337,7 +358,9 @@ def make_plan(
     seconds: float,
 ) -> Plan:
     """A plan with the constants that both kernels share."""
+    everything = tile.held or beside_outputs(problem, March.of(problem, tile.reload), share) <= LITTLE
     all_constants = problem_constants(problem) | {
+        "ALL": int(everything and not tile.matrix and not tile.cubes),
         "THREADS": tile.threads,
         "MIN_BLOCKS": tile.min_blocks,
         "ROWS": tile.rows,
