@@ -11,13 +11,13 @@ from ..plan import Plan, Rejection, fast_divisor, problem_constants, problem_siz
 from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
-from .strips import reached, too_long, window_columns
+from .strips import divided, reached, too_long, window_columns
 from .wide_images import image_march
 from .wide_rows import (
     Cut,
     Tile,
     boxed,
-    clocks_for_all,
+    clocks_of_blocks,
     cut,
     load_bytes,
     maps,
@@ -179,8 +179,13 @@ def tiles(problem: DepthwiseProblem, device: DeviceSpec) -> Iterator[Tile]:
         return
     taps = reach + -reach % 4 if reach <= 20 else 16
     if single:
-        yield Tile(False, 8, 7 if width > 4 else 4, 8 if reach < 8 else 7, taps, stages=2)
-        yield Tile(False, 8, 7 if width > 4 else 4, 4, 8, 128, stages=2, stage_rows=1)  # if shared memory is short
+        columns = 7 if width > 4 else 4
+        tile = Tile(False, 8, columns, 7, taps, stages=2, stage_rows=4 if reach < 8 else 2)
+        yield tile
+        if reach < 8:
+            yield Tile(False, 8, columns, 8, taps, stages=2)
+        if cut(problem, device, tile) is None:  # shared memory is short
+            yield Tile(False, 8, columns, 4, 8, 128, stages=2, stage_rows=1)
     else:
         yield Tile(False, 8, 7 if width > 4 else 4, 2, 4, 128, stages=2, min_blocks=1)
 
@@ -255,13 +260,11 @@ def seconds(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, one: Cut)
         if problem.taps > 25 and one.chunks == 1:
             issue *= 0.98  # 7×7 on whole pixels of 96 channels of float32: 95 µs, not 98 (H200, 2026-11)
     else:
-        rounds = max(blocks / device.multiprocessors, float(-(-blocks // device.multiprocessors)) if blocks else 0.0)
-        fits = max(1, device.shared_bytes // (one.shared_bytes + 1024))
-        resident = min(16.0, warps * min(max(1.0, blocks / device.multiprocessors), fits))
         fetching = 15 * problem.taps * tile.channels / (32 * warps)
         part = one.part_rows / tile.rows * unit_instructions(problem, tile, one) + fetching
         wide_double = 2 if problem.dtype == "float64" else 1
-        issue = rounds * warps * part * wide_double * clocks_for_all(resident) / (resident * device.clock)
+        of_each = divided(blocks, device.multiprocessors)
+        issue = part * wide_double * clocks_of_blocks(of_each, one.resident, max(1, math.ceil(warps))) / device.clock
     # Chunks that share lines of 128 bytes, and blocks that march side by side through wide images, cost bandwidth.
     pixel, chunk = problem.out_channels * problem.element_bytes, tile.channels * problem.element_bytes
     scattered = 1.6 if pixel < 32 else 1.1 if one.chunks == 1 else 1.4 if pixel % 128 else 1.3 if chunk % 128 else 1.08

@@ -16,6 +16,8 @@ MOST_BLOCKS = 8  # of a multiprocessor, that are worth it
 SHORT_ROWS = 14  # of outputs; of longer ones, more blocks scatter what is read
 FEW_TAPS = 512  # of filters in shared memory, up to which outputs as boxes are faster
 LONG_FILTER = 64  # of sequences
+MOST_UNITS = 64  # of a block
+BEFORE_UNITS = 0.15  # units' time that a block takes before its first one (51×5 in float32: 0.11; H200, 2026-11)
 NARROW = 8  # images of so few columns are compiled for: at 7x7 on 7x7, 12 of 49 products are with padding
 
 
@@ -295,7 +297,7 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
     warps = -(-lanes * groups * slots // 32)
     resident = max(1, min(device.shared_bytes // (shared_bytes + 1024), device.threads // (32 * warps)))
     rows = -(-problem.batch // slots) * height
-    resident = min(resident, max(tile.min_blocks, 16 // warps) if tile.march else 2)
+    resident = min(resident, max(tile.min_blocks, 16 // warps))
     part_rows = tile.part_rows
     if tile.march and not part_rows:
         blocks = max(1, device.multiprocessors * resident // (chunks * column_strips))
@@ -306,6 +308,9 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
             sorted(parts, reverse=True),
             key=lambda each: march_clocks(problem, device, tile, chunks * column_strips, rows, each, resident, warps),
         )
+    elif not part_rows and problem.filter[0] > 1:
+        units = units_of_block(device, divided(rows, unit_rows), chunks * column_strips, resident, warps)
+        part_rows = units * unit_rows
     elif not part_rows:
         share = rows * chunks * column_strips // (4 * device.multiprocessors * resident * unit_rows)
         part_rows = max(1, share) * unit_rows
@@ -327,6 +332,19 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
         resident=resident,
         copies=copies,
     )
+
+
+def units_of_block(device: DeviceSpec, units: int, columns: int, resident: int, warps: int) -> int:
+    """Units that a block of so many warps makes one after the other, of `units` in each of so many columns of blocks:
+    those with which the multiprocessor that gets most of them is done first.
+    """
+
+    def time(each: int) -> float:
+        blocks = divided(columns * divided(units, each), device.multiprocessors)
+        return clocks_of_blocks(blocks, resident, warps) * (each + BEFORE_UNITS)
+
+    most = min(MOST_UNITS, divided(units * columns, device.multiprocessors))
+    return min(range(1, max(1, most) + 1), key=time)
 
 
 def most_in_rows(problem: DepthwiseProblem, rows: int, part_rows: int) -> int:
@@ -372,11 +390,16 @@ def march_clocks(
     in_row += span(problem, tile, problem.filter[1]) * (1 + converts) + (25 if tile.boxes else 45)
     out_row = tile.columns * ((2 if store_bytes(problem, tile) == 16 else 3) + converts) + 20
     block = most_in_rows(problem, rows, part_rows) * in_row + part_rows * out_row + 6 * problem.taps + 300
-    full, rest = divmod(-(-columns * -(-rows // part_rows) // device.multiprocessors), resident)
     if part_rows > problem.out_size[0] and part_rows % problem.out_size[0]:
         block *= 1.06  # rows around the ends of blocks are read twice
-    waves = full * clocks_for_all(resident * warps) + (clocks_for_all(rest * warps) if rest else 0.0)
-    return block * waves
+    blocks = divided(columns * divided(rows, part_rows), device.multiprocessors)
+    return block * clocks_of_blocks(blocks, resident, warps)
+
+
+def clocks_of_blocks(blocks: int, resident: int, warps: int) -> float:
+    """Clocks in which a multiprocessor issues an instruction of all warps of its blocks, `resident` of them at a time."""
+    full, rest = divmod(blocks, resident)
+    return full * clocks_for_all(resident * warps) + (clocks_for_all(rest * warps) if rest else 0.0)
 
 
 def clocks_for_all(warps: float) -> float:
