@@ -58,8 +58,8 @@ struct Volume {
     static constexpr int kSumColumns = C::kMatrix ? 1 : C::kColumns, kSumVector = C::kMatrix ? 4 : C::kVector;
     static constexpr int kLaneChannels = kPaired ? 2 : C::kVector;
     static constexpr bool kRotates = C::kRotate && kPeriod == 1;
-    // Whether planes that don't exist come only before and behind those that do, and the first output has one that does:
-    // steps are those of planes then, and what is in the making behind the last one is stored as it is.
+    // Whether planes that don't exist come only before and behind those that do, and the first output has one that
+    // does: steps are those of planes then, and what is in the making behind the last one is stored as it is.
     static constexpr bool kEnds =
         !C::kMatrix && !kRotates && !C::kReload && C::kPadFront <= (C::kFilterD - 1) * kDilationD;
     static constexpr int kUnroll = kRotates ? kAges : 1;

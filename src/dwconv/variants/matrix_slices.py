@@ -194,7 +194,10 @@ def slice_plan(
             longer,
             whole,
         ),
-        tile=f"slices of {channels} channels × {IMAGES} images, {whole + share} a block, {stages} stages, {min_blocks} blocks",
+        tile=(
+            f"slices of {channels} channels × {IMAGES} images, {whole + share} a block, {stages} stages, "
+            f"{min_blocks} blocks"
+        ),
         predicted_seconds=slice_seconds(problem, device, resident, blocks, total),
     )
 

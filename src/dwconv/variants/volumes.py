@@ -104,7 +104,7 @@ def needs_reload(problem: DepthwiseProblem) -> bool:
 
 
 def fits_eights(problem: DepthwiseProblem) -> bool:
-    """Whether lanes take rows of eight outputs: float32, whose neighbouring windows overlap, and rows that eights fill."""
+    """Whether lanes take rows of eight outputs: of float32, where windows overlap, and eights fill the rows."""
     width = problem.out_size[2]
     return problem.dtype == "float32" and problem.stride[2] == 1 and up(width, 8) <= FILLED * width
 

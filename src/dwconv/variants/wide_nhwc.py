@@ -12,12 +12,12 @@ from ..problem import DepthwiseProblem
 from ..roofline import LAUNCH_SECONDS, roofline
 from .base import GRID_X_LIMIT, Variant
 from .strips import divided, reached, too_long, window_columns
+from .wide_clocks import clocks_of_blocks
 from .wide_images import image_march
 from .wide_rows import (
     Cut,
     Tile,
     boxed,
-    clocks_of_blocks,
     cut,
     load_bytes,
     maps,

@@ -9,6 +9,7 @@ from ..device import DeviceSpec
 from ..problem import DepthwiseProblem
 from .boxes import MOST, Maps, forward_maps
 from .strips import divided, reached, up, window_columns
+from .wide_clocks import clocks_of_blocks, units_of_block
 
 BOX_BYTES = 128  # boxes in shared memory begin at multiples of that
 GATE_BYTES = 128  # before stages that boxes fill
@@ -16,8 +17,6 @@ MOST_BLOCKS = 8  # of a multiprocessor, that are worth it
 SHORT_ROWS = 14  # of outputs; of longer ones, more blocks scatter what is read
 FEW_TAPS = 512  # of filters in shared memory, up to which outputs as boxes are faster
 LONG_FILTER = 64  # of sequences
-MOST_UNITS = 64  # of a block
-BEFORE_UNITS = 0.15  # units' time that a block takes before its first one (51×5 in float32: 0.11; H200, 2026-11)
 NARROW = 8  # images of so few columns are compiled for: at 7x7 on 7x7, 12 of 49 products are with padding
 
 
@@ -334,19 +333,6 @@ def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile) -> Cut | None
     )
 
 
-def units_of_block(device: DeviceSpec, units: int, columns: int, resident: int, warps: int) -> int:
-    """Units that a block of so many warps makes one after the other, of `units` in each of so many columns of blocks:
-    those with which the multiprocessor that gets most of them is done first.
-    """
-
-    def time(each: int) -> float:
-        blocks = divided(columns * divided(units, each), device.multiprocessors)
-        return clocks_of_blocks(blocks, resident, warps) * (each + BEFORE_UNITS)
-
-    most = min(MOST_UNITS, divided(units * columns, device.multiprocessors))
-    return min(range(1, max(1, most) + 1), key=time)
-
-
 def most_in_rows(problem: DepthwiseProblem, rows: int, part_rows: int) -> int:
     """Input rows of the block of the march that reads most of them."""
     height, stride, pad = problem.out_size[0], problem.stride[0], problem.padding[0][0]
@@ -394,14 +380,3 @@ def march_clocks(
         block *= 1.06  # rows around the ends of blocks are read twice
     blocks = divided(columns * divided(rows, part_rows), device.multiprocessors)
     return block * clocks_of_blocks(blocks, resident, warps)
-
-
-def clocks_of_blocks(blocks: int, resident: int, warps: int) -> float:
-    """Clocks in which a multiprocessor issues an instruction of all warps of its blocks, `resident` of them at a time."""
-    full, rest = divmod(blocks, resident)
-    return full * clocks_for_all(resident * warps) + (clocks_for_all(rest * warps) if rest else 0.0)
-
-
-def clocks_for_all(warps: float) -> float:
-    """Clocks in which a multiprocessor issues an instruction of each of so many warps; it has four schedulers."""
-    return (max(warps, 4.0) + 2.5) / (4 * 0.88)
