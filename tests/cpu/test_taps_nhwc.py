@@ -197,6 +197,14 @@ def test_lattices_of_strides_and_dilations():
     assert (across.classes, across.stride) == (2, 3)
 
 
+def test_lanes_copy_no_more_pieces_than_a_word_has_bits():
+    """11 steps of three rows of one channel a lane are 33 pieces of four bytes."""
+    sequence = problem(2, 16, (99,), 31, stride=3, dilation=2, padding=3, bias=True, aligned=4).lifted(2)
+    found = list(VARIANT.candidates(sequence, PRESETS["sm_89"]))
+    assert any("33 pieces" in each.reason for each in found if isinstance(each, Rejection))
+    check_filter_gradient(next(each for each in found if isinstance(each, Plan)))
+
+
 def test_multipliers_that_divide_no_lanes_are_rejected():
     found = list(VARIANT.candidates(problem(1, 2, (9, 9), 3, multiplier=5), H200))
     assert all(isinstance(each, Rejection) for each in found)

@@ -17,7 +17,7 @@ from .streams import streams
 from .strips import depth_taps, planar
 from .taps_nhwc_boxes import boxed, tensor_maps
 from .taps_nhwc_cost import seconds
-from .taps_nhwc_tiles import LARGE, Tile, cut, piece_bytes, tiles
+from .taps_nhwc_tiles import LARGE, MOST_COPIES, Tile, cut, lane_copies, piece_bytes, tiles
 
 MOST_TILES = 14  # that are worth timing, by predicted time
 MOST_ARRANGED = 12  # shapes whose warps and stages are tried out
@@ -44,8 +44,9 @@ class TapsNhwc(Variant):
         def consider(tile: Tile) -> None:
             if tile in timed or tile in illegal:
                 return
-            one = cut(planes, device, tile, deep) if piece_bytes(planes, tile) else None
-            if one is None:
+            pieces = piece_bytes(planes, tile)
+            one = cut(planes, device, tile, deep) if pieces else None
+            if pieces is None or one is None or lane_copies(planes, tile, pieces, one) > MOST_COPIES:
                 illegal[tile] = None
             else:
                 timed[tile] = seconds(planes, device, tile, one)
@@ -107,6 +108,8 @@ class TapsNhwc(Variant):
         one = cut(planes, device, tile, deep)
         if one is None:
             return rejected(f"the rows of a block take more than {device.shared_bytes - 1024} bytes")
+        if (copies := lane_copies(planes, tile, pieces, one)) > MOST_COPIES:
+            return rejected(f"a lane would copy {copies} pieces of a row; {MOST_COPIES} are the most")
         maps = tensor_maps(problem, device, tile) if tile.boxes else ()
         if maps is None:
             return rejected(f"{device.arch} copies no such rows at once")

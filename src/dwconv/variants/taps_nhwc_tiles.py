@@ -11,6 +11,7 @@ from ..problem import DepthwiseProblem
 from .march import March, axes, march
 from .strips import divided, up
 
+MOST_COPIES = 32  # of a lane and row: which pieces exist is a word of bits
 NARROW = 28  # columns: the kernel is compiled for images up to this wide, and leaves products with padding out
 LARGE = 9  # longer filters have tiles of taps
 MOST_VALUES = 160  # registers of a lane for sums, rows of g and the window of x
@@ -109,6 +110,19 @@ def piece_bytes(problem: DepthwiseProblem, tile: Tile) -> tuple[int, int] | None
             most //= 2
         found.append(most)
     return None if min(found) < tile.vector * size else (found[0], found[1])
+
+
+def lane_copies(problem: DepthwiseProblem, tile: Tile, pieces: tuple[int, int], one: Cut) -> int:
+    """Pieces that a lane copies of a row of g, or of x: twin of `TapsNhwc::kGCopies` and `kXCopies`."""
+    steps, channels = tile.stage_steps if tile.flat else 1, tile.lanes * tile.vector
+    x_columns = steps * one.kept * (tile.depth_taps * one.rows if tile.flat else 1)
+    found = []
+    for columns, row, piece in (
+        (steps * tile.columns, channels, pieces[0]),
+        (x_columns, channels // problem.multiplier, pieces[1]),
+    ):
+        found.append(divided(columns, tile.lanes // (row * problem.element_bytes // piece)))
+    return max(found)
 
 
 def cut(problem: DepthwiseProblem, device: DeviceSpec, tile: Tile, depth_taps: int = 1) -> Cut | None:
